@@ -1,0 +1,1 @@
+"""Score models: the SDE, the network, the loss and the training step."""
