@@ -1,0 +1,32 @@
+"""Denoising score matching: one loss, of which the published continuous, SMLD and DDPM losses are cases.
+
+In terms of eps all three are | eps(x_t, t) - z |^2 with x_t = alpha_t x_0 + sigma_t z (Song et al. 2021, eq. 7; Ho et
+al. 2020, eq. 14). They differ in the SDE and in the times drawn: continuous, or the nodes of a chain.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from score_sde.denoiser import NoiseFn
+from score_sde.sde import SDE
+
+
+def draw_time(key, shape, *, t_min: float, t_max: float, num_scales: int | None = None):
+    """Times uniform in (t_min, t_max), or uniform among the num_scales nodes i / (num_scales - 1) of a chain."""
+    if num_scales is None:
+        return jax.random.uniform(key, shape, minval=t_min, maxval=t_max)
+    return jax.random.randint(key, shape, 0, num_scales).astype(jnp.float32) / (num_scales - 1)
+
+
+def denoising_score_matching(
+    noise: NoiseFn, sde: SDE, x0, t, z, *, likelihood_weighting: bool = False, reduce_mean: bool = True
+):
+    """Loss of each image: (B,).
+
+    x0, z: (B, H, W, C) data and standard normal noise; t: (B,).
+    likelihood_weighting: weight g(t)^2 / sigma^2 instead of 1, a bound on the likelihood (Song et al. 2021b, eq. 7).
+    reduce_mean: mean over pixels, or half of their sum.
+    """
+    error = jnp.square(noise(sde.perturb(x0, t, z), t) - z).reshape(len(x0), -1)
+    loss = error.mean(1) if reduce_mean else 0.5 * error.sum(1)
+    return loss * (sde.diffusion(t) / sde.sigma(t)) ** 2 if likelihood_weighting else loss
