@@ -1,0 +1,231 @@
+"""NCSN++ and DDPM++: the U-Nets of Song et al., "Score-Based Generative Modeling through SDEs" (2021), Appendix H."""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from score_sde.errors import UserError
+from score_sde.models.layers import (
+    NONLINEARITIES,
+    AttnBlockpp,
+    Combine,
+    Downsample,
+    GaussianFourierProjection,
+    GroupNorm,
+    ResnetBlockBigGANpp,
+    ResnetBlockDDPMpp,
+    Upsample,
+    conv3x3,
+    default_init,
+    merge,
+    sinusoidal_embedding,
+)
+
+_LEGAL = {
+    "resblock_type": ("biggan", "ddpm"),
+    "progressive": ("none", "output_skip", "residual"),
+    "progressive_input": ("none", "input_skip", "residual"),
+    "progressive_combine": ("sum", "cat"),
+    "embedding_type": ("positional", "fourier"),
+    "nonlinearity": tuple(NONLINEARITIES),
+    "dtype": ("float32", "bfloat16", "float64"),
+}
+
+
+class NCSNpp(nn.Module):
+    """The noise-conditional U-Net of Appendix H; the defaults are the published CIFAR-10 DDPM++ (continuous).
+
+    `network(x, label, y=None, dropout_keys=None)`:
+        x       (B, H, W, C), H and W multiples of 2^(levels - 1); data range [-1, 1] if `centered`, else [0, 1] + noise
+        label   (B,) what the embedding gets: sigma itself if "fourier" (the logarithm is taken here), else any label
+        y       (B,) int32 classes, if `num_classes`; `num_classes` itself, or y=None, means "no class"
+        dropout_keys    (B,) PRNG keys, one for each example: turns dropout on
+    The result has the shape and type of x. What it means (noise, score, ...) is the caller's choice.
+
+    Residual blocks, by level: features nf * ch_mult[level], `num_res_blocks` going down and one more going up;
+    attention where the height is one of `attn_resolutions`, after each block going down but once per level going up.
+
+    Arguments have the official names. Those that are not self-explanatory:
+        fir, fir_kernel     low-pass filter whatever is resampled, as in StyleGAN-2
+        skip_rescale        divide residual sums by sqrt(2)
+        resblock_type       "biggan": blocks resample; "ddpm": layers between them do, by resamp_with_conv with weights
+        progressive         the output as a sum over resolutions ("output_skip"), or a residual pyramid ("residual")
+        progressive_input   the downsampled input at each resolution, likewise; "input_skip" obeys progressive_combine
+        init_scale          scale of the last layer of each branch and of the network; 0 means almost zero
+        conditional         whether blocks see the embedding
+        scale_by_sigma      divide the output by sigma: the label if "fourier". Else, as for discretely trained VE
+                            models, the label is an index into num_scales values that fall geometrically from sigma_max
+                            to sigma_min; these three arguments have no other use.
+    Not in the official code: num_classes (class embedding, added to that of the noise level, as in Dhariwal & Nichol
+    2021), dtype (of the computation), remat (recompute the blocks in the backward pass, to save memory).
+    """
+
+    nf: int = 128
+    ch_mult: Sequence[int] = (1, 2, 2, 2)
+    num_res_blocks: int = 4
+    attn_resolutions: Sequence[int] = (16,)
+    resamp_with_conv: bool = True
+    dropout: float = 0.1
+    fir: bool = False
+    fir_kernel: Sequence[float] = (1, 3, 3, 1)
+    skip_rescale: bool = True
+    resblock_type: str = "biggan"
+    progressive: str = "none"
+    progressive_input: str = "none"
+    progressive_combine: str = "sum"
+    embedding_type: str = "positional"
+    init_scale: float = 0.0
+    fourier_scale: float = 16.0
+    scale_by_sigma: bool = False
+    nonlinearity: str = "swish"
+    conditional: bool = True
+    centered: bool = True
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    num_scales: int = 1000
+    num_classes: int = 0
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, legal in _LEGAL.items():
+            if getattr(self, name) not in legal:
+                raise UserError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(legal)}")
+        if self.num_classes and not self.conditional:
+            raise UserError("num_classes > 0 needs conditional = True: classes enter through the embedding")
+        if self.fir and len(self.fir_kernel) < 2:
+            raise UserError(f"fir_kernel = {list(self.fir_kernel)} needs at least two taps, for example [1, 3, 3, 1]")
+        for name in ("ch_mult", "attn_resolutions", "fir_kernel"):
+            setattr(self, name, tuple(getattr(self, name)))  # configs hold lists, which do not hash
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, label: Array, y: Array | None = None, dropout_keys: Array | None = None) -> Array:
+        _, height, width, image_channels = x.shape
+        levels = len(self.ch_mult)
+        multiple = 2 ** (levels - 1)
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"image size {height} x {width} does not fit ch_mult of length {levels}: "
+                f"height and width must be multiples of {multiple}"
+            )
+        dtype = jnp.dtype(self.dtype)
+        act = NONLINEARITIES[self.nonlinearity]
+        kernel = self.fir_kernel if self.fir else None
+        biggan = self.resblock_type == "biggan"
+        rescaled = functools.partial(merge, skip_rescale=self.skip_rescale)
+        embedding = self._embedding(label, y, dtype)
+
+        Block = _remat_if(self.remat, ResnetBlockBigGANpp if biggan else ResnetBlockDDPMpp)
+        Attention = _remat_if(self.remat, AttnBlockpp)
+        options = {
+            "nonlinearity": act,
+            "dropout": self.dropout,
+            "skip_rescale": self.skip_rescale,
+            "init_scale": self.init_scale,
+            "dtype": dtype,
+        } | ({"fir_kernel": kernel} if biggan else {})
+
+        def block(h: Array, features: int, **resample: str) -> Array:
+            return Block(features, **resample, **options)(h, embedding, dropout_keys)
+
+        def attention(h: Array) -> Array:
+            return Attention(self.skip_rescale, self.init_scale, dtype)(h)
+
+        def downsample(h: Array) -> Array:
+            if biggan:
+                return block(h, h.shape[-1], resample="down")
+            return Downsample(kernel, self.resamp_with_conv, dtype=dtype)(h)
+
+        def upsample(h: Array) -> Array:
+            if biggan:
+                return block(h, h.shape[-1], resample="up")
+            return Upsample(kernel, self.resamp_with_conv, dtype=dtype)(h)
+
+        def to_image(h: Array, channels: int = image_channels, init_scale: float = self.init_scale) -> Array:
+            return conv3x3(channels, dtype, init_scale)(act(GroupNorm(dtype)(h)))
+
+        h = x if self.centered else 2.0 * x - 1.0
+        h = input_pyramid = h.astype(dtype)
+
+        h = conv3x3(self.nf, dtype)(h)
+        skips = [h]
+        for level, multiplier in enumerate(self.ch_mult):
+            for _ in range(self.num_res_blocks):
+                h = block(h, self.nf * multiplier)
+                if h.shape[1] in self.attn_resolutions:
+                    h = attention(h)
+                skips.append(h)
+            if level < levels - 1:
+                h = downsample(h)
+                if self.progressive_input == "input_skip":
+                    input_pyramid = Downsample(kernel, with_conv=False)(input_pyramid)
+                    h = Combine(self.progressive_combine, dtype)(input_pyramid, h)
+                elif self.progressive_input == "residual":
+                    input_pyramid = Downsample(kernel, True, h.shape[-1], dtype)(input_pyramid)
+                    h = input_pyramid = rescaled(input_pyramid, h)
+                skips.append(h)
+
+        features = h.shape[-1]
+        h = block(h, features)
+        h = attention(h)
+        h = block(h, features)
+
+        pyramid = None
+        for level, multiplier in reversed(list(enumerate(self.ch_mult))):
+            for _ in range(self.num_res_blocks + 1):
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), self.nf * multiplier)
+            if h.shape[1] in self.attn_resolutions:
+                h = attention(h)
+            if self.progressive == "output_skip":
+                coarse = pyramid
+                pyramid = to_image(h) if coarse is None else Upsample(kernel, with_conv=False)(coarse) + to_image(h)
+            elif self.progressive == "residual" and pyramid is None:
+                pyramid = to_image(h, h.shape[-1], init_scale=1.0)
+            elif self.progressive == "residual":
+                h = pyramid = rescaled(Upsample(kernel, True, h.shape[-1], dtype)(pyramid), h)
+            if level > 0:
+                h = upsample(h)
+
+        h = pyramid if self.progressive == "output_skip" else to_image(h)
+        h = h.astype(x.dtype)
+        return h / self._sigma(label).astype(x.dtype)[:, None, None, None] if self.scale_by_sigma else h
+
+    def _embedding(self, label: Array, y: Array | None, dtype: jnp.dtype) -> Array | None:
+        """(B,) noise levels and classes -> (B, 4 nf). The features are computed in the label's own precision."""
+        if self.embedding_type == "fourier":
+            features = GaussianFourierProjection(self.nf, self.fourier_scale)(jnp.log(label))
+        else:
+            features = sinusoidal_embedding(label, self.nf)
+        if y is not None and not self.num_classes:
+            raise UserError("this network has no classes (num_classes = 0), so it takes no y")
+        if not self.conditional:
+            return None
+        dense = functools.partial(nn.Dense, 4 * self.nf, kernel_init=default_init(), dtype=dtype)
+        embedding = dense()(features)
+        embedding = dense()(NONLINEARITIES[self.nonlinearity](embedding))
+        if self.num_classes:
+            y = jnp.full(label.shape, self.num_classes) if y is None else y
+            embed = nn.Embed(self.num_classes + 1, 4 * self.nf, dtype=dtype, embedding_init=nn.initializers.normal(1.0))
+            embedding = embedding + embed(y)
+        return embedding
+
+    def _sigma(self, label: Array) -> Array:
+        """(B,) the noise level that the label stands for."""
+        if self.embedding_type == "fourier":
+            return label
+        table = np.exp(np.linspace(np.log(self.sigma_max), np.log(self.sigma_min), self.num_scales))
+        return jnp.asarray(table, label.dtype)[label.astype(jnp.int32)]
+
+
+def _remat_if(remat: bool, layer: type[nn.Module]) -> type[nn.Module]:
+    """The layer class with recomputation in the backward pass; the name stays, since it is part of parameter paths."""
+    if not remat:
+        return layer
+    lifted = nn.remat(layer)
+    lifted.__name__ = layer.__name__
+    return lifted
