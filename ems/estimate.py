@@ -14,6 +14,11 @@ keeps the subtraction small: eps and x alone nearly cancel in f at large noise, 
 Both tangents, the probe v and the ODE direction, share one linearization of the network.
 """
 
+import os
+import pathlib
+import time
+import zipfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -162,3 +167,68 @@ def statistics(node: Nodes, moments: Moments, origin: dict, *, smoothing: int = 
     variance = product(f, f)
     s = np.divide(product(f, df), variance, out=np.zeros_like(variance), where=variance > 0)
     return EMS(np.asarray(node.t), np.asarray(node.lam), l, s, dot(df) - s * dot(f), origin)
+
+
+def accumulate(
+    measure_on_devices: Callable,
+    nodes: Nodes,
+    x0: np.ndarray,
+    *,
+    batch_size: int,
+    chunk: int = 11,
+    partial: pathlib.Path | None = None,
+    identity: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    save_every: float = 30.0,
+) -> Moments:
+    """The moments over all images x0 (K, H, W, C), K a multiple of batch_size, at all nodes; float64 on the host.
+
+    measure_on_devices: (chunk of nodes, their indices, images, their indices) -> Moments with a leading device axis.
+    partial: a file from which a stopped estimate goes on, if it was written for the same `identity` and sizes.
+    progress: called with (units done, units in all); a unit is one batch at `chunk` nodes.
+    """
+    n, batches = len(nodes.t), len(x0) // batch_size
+    chunks = [np.arange(i, i + chunk).clip(max=n - 1) for i in range(0, n, chunk)]  # the last node pads the last chunk
+    identity = f"{identity} {n} {len(x0)} {batch_size} {chunk}"
+    total, done = Moments.zeros((n,), x0.shape[1:]), 0
+    if partial is not None and partial.exists():
+        total, done = _read_partial(partial, identity) or (total, 0)
+    saved = time.monotonic()
+    for unit in range(done, batches * len(chunks)):
+        progress(unit, batches * len(chunks))
+        batch, node_index = divmod(unit, len(chunks))
+        node_index = chunks[node_index]
+        index = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        node = jax.tree.map(lambda values: values[node_index], nodes)
+        measured = jax.tree.map(np.asarray, measure_on_devices(node, node_index, x0[index], index))
+        real = np.unique(node_index)
+        for device in range(len(measured.n)):
+            part = jax.tree.map(lambda values: values[device, : len(real)], measured)
+            merged = merge(jax.tree.map(lambda values: values[real], total), part)
+            for whole, values in zip(total, merged, strict=True):
+                whole[real] = values
+        if partial is not None and time.monotonic() - saved > save_every:
+            _write_partial(partial, total, unit + 1, identity)
+            saved = time.monotonic()
+    progress(batches * len(chunks), batches * len(chunks))
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    return total
+
+
+def _write_partial(path: pathlib.Path, total: Moments, done: int, identity: str):
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **total._asdict(), done=done, identity=identity)
+    os.replace(temporary, path)
+
+
+def _read_partial(path: pathlib.Path, identity: str) -> tuple[Moments, int] | None:
+    """What `_write_partial` wrote, or None if it belongs to another estimate or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["identity"]) == identity:
+                return Moments(*(file[name] for name in Moments._fields)), int(file["done"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        pass
+    return None

@@ -28,6 +28,7 @@ LABELS = {
     "time": lambda sde, t, n: 999 * t,  # continuous VP and sub-VP
     "sigma": lambda sde, t, n: sde.sigma(t),  # continuous VE
     "index": lambda sde, t, n: t * (n - 1),  # n discrete steps of VP; not rounded, as published
+    "lam": lambda sde, t, n: sde.lam(t),  # any SDE; smooth in what few-step solvers integrate over
     "reversed_index": lambda sde, t, n: jnp.round((1 - t) * (n - 1)),  # n discrete steps of VE, largest sigma first
 }
 

@@ -149,6 +149,8 @@ class VP(SDE):
 
     def transition(self, t, n):
         """DDPM's step: a = sqrt(1 - beta_i), G = sqrt(beta_i), beta_i = beta(i / (n - 1)) / n; needs n > beta_max."""
+        if n <= self.beta_max:
+            raise UserError(f"{n} stochastic steps: this SDE's need more than beta_max = {self.beta_max:g}")
         xp = numpy_of(t)
         i = xp.floor(t / self.t_max * (n - 1))
         beta = (self.beta_min + i / (n - 1) * (self.beta_max - self.beta_min)) / n

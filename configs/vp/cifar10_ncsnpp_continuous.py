@@ -1,0 +1,14 @@
+"""NCSN++ cont. on CIFAR-10 with the VP SDE.
+
+    python train.py --config=configs/vp/cifar10_ncsnpp_continuous.py
+
+62.1 M parameters, 1.3 M steps of batch 128. The paper gives no number for this pair. Not run here.
+"""
+
+from configs import base, models
+
+
+def get_config():
+    config = base.get_config("vp")
+    config.model = models.ncsnpp()
+    return config

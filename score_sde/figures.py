@@ -1,0 +1,68 @@
+"""Pictures of a run: image grids and curves. Every function writes one .png and returns nothing."""
+
+import math
+import pathlib
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SMALL = 64  # pixels: smaller images are magnified
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Tile uint8 images (N, H, W, C) into one picture with gray lines of `gap` pixels between them."""
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * columns, height + gap, width + gap, channels), 128, np.uint8)
+    canvas[:, gap:, gap:] = 0
+    canvas[:n, gap:, gap:] = images
+    canvas = canvas.reshape(rows, columns, *canvas.shape[1:]).swapaxes(1, 2)
+    return np.pad(
+        canvas.reshape(rows * canvas.shape[1], -1, channels), ((0, gap), (0, gap), (0, 0)), constant_values=128
+    )
+
+
+def save_grid(path, images: np.ndarray, columns: int | None = None):
+    """Write a grid of uint8 images (N, H, W, C), small ones magnified by a whole factor."""
+    factor = max(1, SMALL // images.shape[1])
+    grid = image_grid(images.repeat(factor, 1).repeat(factor, 2), columns)
+    Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(path)
+
+
+def save_ems(path, lam: np.ndarray, statistics: dict[str, np.ndarray], title: str):
+    """Mean and spread over pixels of each statistic (N, H, W, C) against lam."""
+    figure, axes = plt.subplots(1, len(statistics), figsize=(4 * len(statistics), 3), layout="constrained")
+    for axis, (name, values) in zip(axes, statistics.items(), strict=True):
+        pixels = values.reshape(len(values), -1)
+        low, median, high = np.quantile(pixels, [0.1, 0.5, 0.9], axis=1)
+        axis.fill_between(lam, low, high, alpha=0.25, label="10 to 90 % of pixels")
+        axis.plot(lam, median, label="median")
+        axis.set(xlabel="half-log-SNR lam (noise to data)", title=name)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def save_convergence(path, steps, distances: dict[str, list[float]], title: str):
+    """RMS distance to the fine solution against evaluations, one line a solver."""
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for name, values in distances.items():
+        axis.loglog(steps, values, "o-", label=name)
+    axis.set_xticks(steps, [str(n) for n in steps])
+    axis.minorticks_off()
+    axis.set(xlabel="network evaluations", ylabel="RMS distance to the fine solution")
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    _save(figure, path)
+
+
+def _save(figure, path):
+    figure.savefig(pathlib.Path(path), dpi=120)
+    plt.close(figure)

@@ -1,0 +1,281 @@
+"""The four programs as a user runs them: resume bit for bit, samples by index, one clear line for each mistake."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from score_sde import checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = [
+    "--config=configs/digits.py",
+    "--config.model.nf=8",
+    "--config.model.ch_mult=(1,)",
+    "--config.model.attn_resolutions=()",
+    "--config.model.dropout=0.1",
+    "--config.training.batch_size=8",
+    "--config.training.checkpoint_freq=4",
+    "--config.training.keep_freq=4",
+    "--config.optim.warmup=2",
+    "--config.ems.nodes=22",
+    "--config.ems.num_data=16",
+    "--config.ems.batch_size=8",
+    "--config.eval.num_samples=4",
+    "--config.eval.steps=(5, 6)",
+    "--config.eval.fine_steps=20",
+]
+
+
+def program(name: str, *arguments, devices: int = 1, wait: bool = True):
+    """Run `python name ...` at the root of the checkout."""
+    command = [sys.executable, *(("-m", "ems") if name == "ems" else (f"{name}.py",)), *map(str, arguments)]
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if not wait:
+        return started
+    out, err = started.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+def ok(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def leaves(workdir, step: int) -> dict:
+    """Every array of a checkpoint, read without a template."""
+    import orbax.checkpoint as ocp
+
+    folder = pathlib.Path(workdir) / "checkpoints" / str(step)
+    read = ocp.StandardCheckpointer()
+    flat = {}
+
+    def walk(tree, path):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            nested = isinstance(value, (dict, list, tuple))
+            walk(value, (*path, key)) if nested else flat.update({(*path, key): np.asarray(value)})
+
+    for item in ("state", "ema"):
+        walk(read.restore(folder.resolve() / item), (item,))
+    return flat
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of eight steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    ok(program("train", *TINY, "--config.training.n_iters=8", f"--workdir={workdir}"))
+    return workdir
+
+
+def equal(one: dict, two: dict):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, two[name], err_msg=str(name))
+
+
+def test_resumed_training_is_bit_for_bit_the_undisturbed(run, tmp_path):
+    """Stopped after four steps, once by its end, once by Ctrl-C at an unknown step, the run comes to the same bits."""
+    ok(program("train", *TINY, "--config.training.n_iters=4", f"--workdir={tmp_path / 'half'}"))
+    out = ok(program("train", *TINY, "--config.training.n_iters=8", f"--workdir={tmp_path / 'half'}"))
+    assert "continuing at step 4" in out
+    equal(leaves(run, 8), leaves(tmp_path / "half", 8))
+
+
+def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
+    workdir = tmp_path / "stopped"
+    started = program("train", *TINY, "--config.training.n_iters=1000000", f"--workdir={workdir}", wait=False)
+    deadline = time.monotonic() + 200
+    while not (workdir / "checkpoints" / "4").is_dir():
+        assert time.monotonic() < deadline
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.2)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=100)
+    assert started.returncode == 130, err
+    assert f"continue with python train.py --workdir={workdir}" in out
+    step = int(out.split("stopped at step ")[1].split(",")[0])
+    assert step in checkpoint.Checkpoints(workdir).steps()
+
+
+def test_samples_depend_on_index_and_seed_alone(run, tmp_path):
+    """The same images from one batch of eight, from batches of four, and over two devices."""
+    sampled = {}
+    for name, batch, devices in (("one", 8, 1), ("two", 4, 1), ("devices", 8, 2)):
+        common = ["--solver=dpmv3", "--steps=5", "--num_samples=8", f"--workdir={run}", f"--name={name}"]
+        out = ok(program("sample", *common, f"--batch_size={batch}", devices=devices))
+        assert ("measuring once" in out) == (name == "one")
+        with np.load(run / "samples" / name / "samples.npz") as file:
+            sampled[name] = file["samples"].astype(int)
+        record = json.loads((run / "samples" / name / "run.json").read_text())
+        assert record["nfe"] == 5
+        assert record["options"]["pseudo"] is True
+        assert (run / "samples" / name / "grid.png").stat().st_size > 0
+    assert sampled["one"].shape == (8, 8, 8, 1)
+    assert sampled["one"].std() > 0
+    for name in ("two", "devices"):
+        assert np.abs(sampled[name] - sampled["one"]).max() <= 1  # a level: rounding before truncation
+
+
+def test_other_solvers_and_the_sampler(run):
+    common = ["--num_samples=4", f"--workdir={run}"]
+    ok(program("sample", *common, "--solver=dpmpp", "--steps=6", "--option", "order=3", "--option", "grid=time"))
+    ok(program("sample", *common, "--solver=pc", "--steps=25", "--option", "corrector=langevin"))
+    record = json.loads((run / "samples" / "step8-pc-25-seed0" / "run.json").read_text())
+    assert record["nfe"] == 50
+
+
+def test_ems_and_evaluation(run):
+    out = ok(program("ems", f"--workdir={run}", "--nodes=24"))
+    assert "nodes24" in out
+    assert "already measured" in ok(program("ems", f"--workdir={run}", "--nodes=24"))
+    assert len(list((run / "ems").glob("*nodes24*.png"))) == 1
+    ok(program("evaluate", f"--workdir={run}"))
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert report["loss"]["images"] == 297
+    assert set(report["convergence"]["rms"]) == {"DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "DPM-Solver-v3"}
+    assert "| DPM-Solver-v3 |" in (run / "eval" / "report.md").read_text()
+    assert (run / "eval" / "convergence.png").stat().st_size > 0
+
+
+def damaged(run, folder, change):
+    """The arguments of a run whose EMS file was changed."""
+    from ems import statistics
+
+    path = sorted((run / "ems").glob("step8_nodes22*.npz"))[0]
+    statistics.save(folder / "ems.npz", change(statistics.load(path)))
+    return [f"--workdir={run}", "--solver=dpmv3", f"--ems={folder / 'ems.npz'}"]
+
+
+# program, arguments from (an existing run, an empty folder), words that the line must hold
+MISTAKES = {
+    "nothing to do": ("train", lambda run, tmp: [], ["--config"]),
+    "absent config": ("train", lambda run, tmp: ["--config=configs/none.py"], ["configs/none.py"]),
+    "unknown field": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.training.batchsize=3", f"--workdir={tmp}"],
+        ["batchsize"],
+    ),
+    "unknown flag": ("train", lambda run, tmp: [*TINY, "--wrkdir=x"], ["wrkdir"]),
+    "wrong type": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.training.n_iters=many", f"--workdir={tmp}"],
+        ["n_iters"],
+    ),
+    "unknown SDE": ("train", lambda run, tmp: [*TINY, "--config.sde.name=vpp", f"--workdir={tmp}"], ["'vpp'", "subvp"]),
+    "unknown network": ("train", lambda run, tmp: [*TINY, "--config.model.name=unet", f"--workdir={tmp}"], ["'unet'"]),
+    "bad network option": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.model.progressive=skip", f"--workdir={tmp}"],
+        ["'skip'", "output_skip"],
+    ),
+    "unknown data set": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.data.dataset=digit", f"--workdir={tmp}"],
+        ["digits"],
+    ),
+    "absent data": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.data.dataset=no/where.npz", f"--workdir={tmp}"],
+        ["no/where.npz"],
+    ),
+    "wrong image size": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.data.image_size=16", f"--workdir={tmp}"],
+        ["8", "16", "resize"],
+    ),
+    "another experiment": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.seed=1", f"--workdir={run}"],
+        ["holds another experiment", "seed"],
+    ),
+    "occupied workdir": ("train", lambda run, tmp: [*TINY, f"--workdir={ROOT / 'configs'}"], ["not empty"]),
+    "continue nothing": ("train", lambda run, tmp: [f"--workdir={tmp / 'none'}"], ["config.json"]),
+    "sample nothing": ("sample", lambda run, tmp: [f"--workdir={tmp / 'none'}"], ["no such workdir"]),
+    "unknown solver": ("sample", lambda run, tmp: [f"--workdir={run}", "--solver=euler"], ["'euler'", "dpmv3"]),
+    "unknown option": (
+        "sample",
+        lambda run, tmp: [f"--workdir={run}", "--solver=dpmpp", "--option", "ordr=2"],
+        ["'ordr'", "order"],
+    ),
+    "option without value": ("sample", lambda run, tmp: [f"--workdir={run}", "--option", "order"], ["name=value"]),
+    "too few steps": (
+        "sample",
+        lambda run, tmp: [f"--workdir={run}", "--solver=dpmpp", "--steps=1", "--option", "order=2"],
+        ["fewer than the order"],
+    ),
+    "too few stochastic steps": (
+        "sample",
+        lambda run, tmp: [f"--workdir={run}", "--solver=pc", "--steps=9"],
+        ["beta_max"],
+    ),
+    "absent checkpoint": (
+        "sample",
+        lambda run, tmp: [f"--workdir={run}", "--checkpoint=3"],
+        ["no checkpoint of step 3", "8"],
+    ),
+    "EMS of another checkpoint": (
+        "sample",
+        lambda run, tmp: damaged(run, tmp, lambda ems: ems._replace(origin=ems.origin | {"checkpoint": "abc"})),
+        ["abc", "python -m ems"],
+    ),
+    "EMS of another SDE": (
+        "sample",
+        lambda run, tmp: damaged(run, tmp, lambda ems: ems._replace(lam=ems.lam + 1)),
+        ["another SDE"],
+    ),
+    "EMS of other images": (
+        "sample",
+        lambda run, tmp: damaged(run, tmp, lambda ems: ems._replace(**{k: getattr(ems, k)[:, :4] for k in "lsb"})),
+        ["(4, 8, 1)", "(8, 8, 1)"],
+    ),
+    "unknown metric": (
+        "evaluate",
+        lambda run, tmp: [f"--workdir={run}", "--metrics=fid50k"],
+        ["'fid50k'", "convergence"],
+    ),
+    "EMS batch too large": (
+        "ems",
+        lambda run, tmp: [f"--workdir={run}", "--num_data=4", "--batch_size=8"],
+        ["smaller batch"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, run, tmp_path):
+    name, arguments, words = MISTAKES[mistake]
+    if name == "sample" and "EMS" in mistake:
+        ok(program("ems", f"--workdir={run}"))
+    before = sorted(path for path in run.rglob("*") if path.is_file())
+    result = program(name, *arguments(run, tmp_path))
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+
+
+def test_a_batch_that_devices_do_not_divide(tmp_path):
+    result = program("train", *TINY, f"--workdir={tmp_path}", devices=3)
+    assert result.returncode == 2
+    assert "does not divide over 3 devices" in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_read_only_workdir(tmp_path):
+    tmp_path.chmod(0o500)
+    result = program("train", *TINY, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1

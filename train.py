@@ -1,0 +1,172 @@
+"""Train a score model, or continue a run that was stopped.
+
+python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.training.n_iters=1000]
+python train.py --workdir=runs/digits
+"""
+
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+import experiment as experiments
+from score_sde import checkpoint, data, figures, parallel, training
+from score_sde.errors import UserError
+from solvers import dpm_solver_pp, tableau
+
+CONFIG = experiments.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the config> if absent.")
+
+
+def main():
+    # ------------------------------------------------------------------------------ what to train, and where
+    config, workdir = config_and_workdir()
+    experiment = experiments.build(config)
+    fields = config.training
+    parallel.batch_per_device(fields.batch_size)
+    if fields.n_iters % fields.steps_per_call or fields.checkpoint_freq % fields.steps_per_call:
+        raise UserError("training.steps_per_call must divide n_iters and checkpoint_freq")
+    stream = data.Stream(experiment.images("train"), batch_size=fields.batch_size, seed=config.seed)
+    held_out = data.Stream(experiment.images("test"), batch_size=fields.batch_size, seed=config.seed)
+    experiments.claim_workdir(workdir, config)
+
+    # ------------------------------------------------------------------------------ the state, new or resumed
+    optimizer = training.make_optimizer(**config.optim)
+    loss = experiment.loss()
+    step_on_devices = parallel.pmap(
+        training.make_step(loss, optimizer, config.seed, ema_rate=fields.ema_rate, ema_warmup=fields.ema_warmup),
+        donate_argnums=0,
+    )
+    held_out_loss = parallel.pmap(
+        lambda ema, batch, step: parallel.mean(
+            loss(ema, batch, jax.random.fold_in(jax.random.key(config.seed + 1), step), False).mean()
+        ),
+        in_axes=(0, 0, None),
+    )
+    draw_samples = sampler(experiment)
+    checkpoints = checkpoint.Checkpoints(workdir, keep_every=fields.keep_freq)
+    state = training.init_state(experiment.init_params(config.seed), optimizer)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(f"{workdir}: {size / 1e6:.2f} M parameters, {stream.images.size} images, {jax.device_count()} device(s)")
+    if checkpoints.steps():
+        state, meta = checkpoints.restore(checkpoints.step_or_last(None), state)
+        if meta["stream"] != stream_identity(config, stream):
+            raise UserError(f"{workdir} was trained on other data ({meta['stream']}): restore them or start a new run")
+        print(f"continuing at step {int(state.step)}")
+    step = int(state.step)
+    state = parallel.replicate(state)
+
+    # ------------------------------------------------------------------------------ the loop
+    stopped = catch_stop_signals()
+    save = lambda: checkpoints.save(
+        parallel.first(state), {"stream": stream_identity(config, stream), "position": step, "seed": config.seed}
+    )
+    with SummaryWriter(str(workdir / "tensorboard")) as board:
+        bar = tqdm(total=fields.n_iters, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0)
+        batches = stream.batches(step)
+        reported = (time.monotonic(), step)
+        while step < fields.n_iters and not stopped:
+            state, metrics = step_on_devices(state, next_batches(batches, fields))
+            before, step = step, step + fields.steps_per_call
+            bar.update(step - before)
+            if crossed(before, step, fields.log_freq):
+                metrics = parallel.first(metrics)
+                now, images = time.monotonic(), (step - reported[1]) * fields.batch_size
+                report(bar, board, step, metrics, images / (now - reported[0]))
+                reported = (now, step)
+            if crossed(before, step, fields.eval_freq):
+                batch = numbered(held_out.batch(step // fields.eval_freq))
+                value = parallel.first(held_out_loss(state.ema, parallel.shard(batch), step))
+                board.add_scalar("held-out loss (EMA)", value, step)
+            if crossed(before, step, fields.checkpoint_freq) or step == fields.n_iters:
+                save()
+            if crossed(before, step, fields.keep_freq) or step == fields.n_iters:
+                images = draw_samples(parallel.first(state.ema))
+                figures.save_grid(workdir / "tensorboard" / f"samples_{step}.png", images)
+                board.add_image("samples", figures.image_grid(images), step, dataformats="HWC")
+        batches.close()
+        bar.close()
+    if stopped:
+        save()
+    checkpoints.wait()
+    done = "stopped" if stopped else "finished"
+    how = f"; continue with python train.py --workdir={workdir}" if stopped else ""
+    print(f"{done} at step {step}, checkpoint in {workdir / 'checkpoints'}{how}")
+    if stopped:
+        raise SystemExit(128 + stopped[0])
+
+
+def config_and_workdir():
+    """From the flags: a config for a new or known workdir, or a workdir alone, which brings its config."""
+    if CONFIG.value is None and WORKDIR.value is None:
+        raise UserError("nothing to train: give --config=configs/digits.py, or --workdir=... to continue a run")
+    if CONFIG.value is None:
+        workdir = pathlib.Path(WORKDIR.value)
+        return experiments.read_config(workdir), workdir
+    file = pathlib.Path(flags.FLAGS["config"].config_filename)
+    if not file.is_file():
+        raise UserError(f"no config file {file}: choose one of configs/, such as configs/digits.py")
+    return CONFIG.value, pathlib.Path(WORKDIR.value or experiments.RUNS / file.stem)
+
+
+def stream_identity(config, stream) -> str:
+    """What the position in the stream refers to."""
+    return f"{config.data.dataset} {stream.images.size} images, batch {config.training.batch_size}, seed {config.seed}"
+
+
+def numbered(batch):
+    """A host batch with each example's index in the global batch."""
+    return batch | {"index": np.arange(len(batch["image"]))}
+
+
+def next_batches(batches, fields):
+    """The next `steps_per_call` batches, as (devices, steps, batch per device, ...)."""
+    parts = [parallel.shard(numbered(next(batches)[1])) for _ in range(fields.steps_per_call)]
+    return jax.tree.map(lambda *values: np.stack(values, axis=1), *parts)
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]."""
+    return now // every > before // every
+
+
+def report(bar, board, step, metrics, rate):
+    """Loss on the bar, scalars to TensorBoard; a loss that is no number ends the run at its last checkpoint."""
+    values = {name: float(value[-1]) for name, value in metrics.items()}
+    if not np.isfinite(values["loss"]):
+        raise UserError(
+            f"loss is {values['loss']} at step {step}: lower optim.lr and continue from the last checkpoint"
+        )
+    bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+    for name, value in (values | {"images per second": rate}).items():
+        board.add_scalar(name, value, step)
+
+
+def sampler(experiment, n: int = 36):
+    """params -> n uint8 images by 20 evaluations of DPM-Solver++, from the same noise every time."""
+    table = dpm_solver_pp(experiment.sde, 20)
+    z = jax.random.normal(jax.random.key(0), (n, *experiment.image_shape)) * experiment.sde.prior_std
+    solve = jax.jit(lambda params, z: tableau.solve(experiment.noise_of(params), table, z))
+    return lambda params: experiment.to_uint8(solve(params, z))
+
+
+def catch_stop_signals() -> list[int]:
+    """A list that a first Ctrl-C or SIGTERM is added to; a second one kills."""
+    caught = []
+
+    def stop(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return caught
+
+
+if __name__ == "__main__":
+    experiments.run(main)
