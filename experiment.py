@@ -7,6 +7,7 @@ import difflib
 import errno
 import inspect
 import json
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -43,7 +44,8 @@ FREE_SECTIONS = ("sampling.", "ems.", "eval.")
 
 def run(main: Callable[[], None]):
     """Run a program after parsing its flags. A UserError, or a disk that refuses, is one line and exit code 2."""
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # errors of writers come back to us anyway
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "score_sde"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -58,7 +60,7 @@ def run(main: Callable[[], None]):
     except UserError as error:
         _fail(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR):
             raise
         _fail(
             f"cannot write {error.filename or 'to disk'}: {error.strerror}: free some space or choose another --workdir"
@@ -88,6 +90,14 @@ def config_flag():
     return config_flags.DEFINE_config_file(
         "config", None, "A file of configs/; fields by --config.x.y=value.", lock_config=True
     )
+
+
+def config_of(flag) -> ConfigDict:
+    """The value of `config_flag()`, given or refused."""
+    file = flags.FLAGS["config"].config_filename
+    if file is None or not pathlib.Path(file).is_file():
+        raise UserError(f"no config file {file}: choose one of configs/, as in --config=configs/digits.py")
+    return flag.value
 
 
 # ------------------------------------------------------------------------------------------------ configs
@@ -211,7 +221,7 @@ def build(config: ConfigDict) -> Experiment:
     )
 
     def noise_of(params, y=None, dropout_keys=None) -> NoiseFn:
-        y = y if config.model.num_classes else None
+        y = y if config.model.get("num_classes") else None
         apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys)
         return denoiser.noise_fn(apply, sde, output=fields.output, label=fields.label, num_scales=fields.num_scales)
 

@@ -108,10 +108,9 @@ def config_and_workdir():
     if CONFIG.value is None:
         workdir = pathlib.Path(WORKDIR.value)
         return experiments.read_config(workdir), workdir
-    file = pathlib.Path(flags.FLAGS["config"].config_filename)
-    if not file.is_file():
-        raise UserError(f"no config file {file}: choose one of configs/, such as configs/digits.py")
-    return CONFIG.value, pathlib.Path(WORKDIR.value or experiments.RUNS / file.stem)
+    config = experiments.config_of(CONFIG)
+    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
+    return config, pathlib.Path(WORKDIR.value or experiments.RUNS / name)
 
 
 def stream_identity(config, stream) -> str:

@@ -1,7 +1,8 @@
 """Every field of a config, with its default and meaning.
 
 The sub-dicts `sde`, `model` and `optim` are constructor arguments. The defaults are the published ones for CIFAR-10
-with the VP SDE (Song et al. 2021, Appendix H; score_sde's default_cifar10_configs.py).
+with the VP SDE (Song et al. 2021, Appendix H; score_sde's default_cifar10_configs.py). What the published configs of
+other data sets and of NCSN share follows below.
 """
 
 from ml_collections import ConfigDict
@@ -13,11 +14,19 @@ SDES = {
     "vp": dict(sde=dict(name="vp", beta_min=0.1, beta_max=20.0, t_min=1e-3), output="eps", label="time"),
     "subvp": dict(sde=dict(name="subvp", beta_min=0.1, beta_max=20.0, t_min=1e-3), output="eps", label="time"),
     "ve": dict(sde=dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5), output="score", label="sigma"),
+    # trained on the num_scales steps of a chain: DDPM and NCSN
+    "discrete_vp": dict(
+        sde=dict(name="discrete_vp", beta_min=0.1, beta_max=20.0, t_min=1e-3), output="eps", label="index"
+    ),
+    "discrete_ve": dict(
+        sde=dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5), output="score", label="reversed_index"
+    ),
 }
 
 
-def get_config(sde: str = "vp") -> ConfigDict:
-    """Every default, for one of SDES."""
+def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
+    """Every default, for one of SDES and that many noise levels."""
+    exploding = SDES[sde]["sde"]["name"] == "ve"
     config = ConfigDict()
     config.seed = 42
 
@@ -28,27 +37,29 @@ def get_config(sde: str = "vp") -> ConfigDict:
     data.num_channels = 3
     data.crop = None  # side of a central crop before resizing
     data.resize = "none"  # "none", "pad", "crop_resize" or "resize_crop" (score_sde/data.py)
-    data.centered = sde != "ve"  # data range [-1, 1] instead of [0, 1]
+    data.centered = not exploding  # data range [-1, 1] instead of [0, 1]
     data.random_flip = True
     data.uniform_dequantization = False
 
     config.sde = ConfigDict(SDES[sde]["sde"])  # arguments of the SDE `name`; t_min: where sampling ends
+    if sde == "discrete_vp":
+        config.sde.n = num_scales
 
     config.denoiser = denoiser = ConfigDict()
     denoiser.output = SDES[sde]["output"]  # what the network predicts: "eps", "score", "x0" or "v"
-    denoiser.label = SDES[sde]["label"]  # what it is told of the time: "time", "sigma", "index" or "reversed_index"
-    denoiser.num_scales = 1000  # noise levels of a network trained on a discrete chain
+    denoiser.label = SDES[sde]["label"]  # what it is told of the time: a key of denoiser.LABELS
+    denoiser.num_scales = num_scales  # noise levels of a network trained on a discrete chain
 
     config.model = models.ddpmpp()  # arguments of the network `name`
 
     config.training = training = ConfigDict()
     training.batch_size = 128  # over all devices
     training.n_iters = 1_300_000
-    training.continuous = True  # times from a continuum, or from the num_scales nodes of a chain
+    training.continuous = not sde.startswith("discrete")  # times from a continuum, or from a chain's nodes
     training.t_min = 1e-5  # smallest time trained at
     training.likelihood_weighting = False
-    training.reduce_mean = sde != "ve"  # mean over pixels, or half of the sum
-    training.ema_rate = 0.999 if sde == "ve" else 0.9999
+    training.reduce_mean = not exploding  # mean over pixels, or half of the sum
+    training.ema_rate = 0.999 if exploding else 0.9999
     training.ema_warmup = False  # ramp the rate up from 0, as the official PyTorch code does
     training.steps_per_call = 1  # more save dispatch on GPU and TPU; on CPU a loop makes steps 20 times slower
     training.log_freq = 50
@@ -69,9 +80,9 @@ def get_config(sde: str = "vp") -> ConfigDict:
     sampling.steps = 10
     sampling.num_samples = 64
     sampling.batch_size = 64
-    sampling.pc_steps = 1000  # of the predictor-corrector sampler
-    sampling.predictor = "reverse_diffusion"
-    sampling.corrector = "langevin" if sde == "ve" else "none"
+    sampling.pc_steps = num_scales  # of the predictor-corrector sampler
+    sampling.predictor = "reverse_diffusion"  # or "euler_maruyama", "ancestral_sampling", "none"
+    sampling.corrector = "langevin" if exploding else "none"  # or "ald", annealed Langevin dynamics
     sampling.corrector_steps = 1
     sampling.snr = 0.16
     sampling.probability_flow = False
@@ -89,3 +100,52 @@ def get_config(sde: str = "vp") -> ConfigDict:
     evaluation.steps = (5, 6, 8, 10, 15, 20)
     evaluation.fine_steps = 400  # of the solution that the others are compared with
     return config.lock()
+
+
+def celeba(*, num_scales: int = 1000) -> ConfigDict:
+    """CelebA at 64x64, for NCSN's chain (score_sde's default_celeba_configs.py)."""
+    config = get_config("discrete_ve", num_scales=num_scales)
+    config.data.dataset = "celeb_a"
+    config.data.image_size = 64
+    config.data.crop = 140
+    config.data.resize = "resize_crop"
+    config.sde.sigma_max = 90.0
+    config.sampling.snr = 0.17
+    return config
+
+
+def large(dataset: str, sde: str, *, num_scales: int) -> ConfigDict:
+    """LSUN, CelebA-HQ or FFHQ at 256x256 (score_sde's default_lsun_configs.py)."""
+    config = get_config(sde, num_scales=num_scales)
+    config.data.dataset = dataset
+    config.data.image_size = 256
+    config.data.resize = "crop_resize" if dataset.startswith("lsun/") else "none"
+    config.training.batch_size = 64
+    config.training.n_iters = 2_400_000
+    config.training.checkpoint_freq = 5000
+    config.sampling.snr = 0.075
+    return config
+
+
+def faces_1024(dataset: str) -> ConfigDict:
+    """CelebA-HQ or FFHQ at 1024x1024 with the VE SDE."""
+    config = large(dataset, "ve", num_scales=2000)
+    config.data.image_size = 1024
+    config.sde.sigma_max = 1348.0
+    config.model = models.ncsnpp_1024()
+    config.training.batch_size = 8
+    config.training.ema_rate = 0.9999
+    config.sampling.snr = 0.15
+    return config
+
+
+def annealed_langevin(config: ConfigDict, *, lr: float, snr: float, corrector_steps: int) -> ConfigDict:
+    """NCSN's ways, in place: Adam without warmup or clipping, and Langevin dynamics alone at each noise level."""
+    config.optim.lr = lr
+    config.optim.warmup = 0
+    config.optim.grad_clip = -1.0
+    config.sampling.predictor = "none"
+    config.sampling.corrector = "ald"
+    config.sampling.snr = snr
+    config.sampling.corrector_steps = corrector_steps
+    return config

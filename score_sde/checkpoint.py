@@ -1,5 +1,6 @@
 """Checkpoints of a run: written by Orbax in the background, read back only if they fit."""
 
+import contextlib
 import hashlib
 import pathlib
 
@@ -37,11 +38,25 @@ class Checkpoints:
             return
         save = ocp.args.StandardSave
         items = {"state": save(_rest(state)), "ema": save(state.ema)}
-        self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
     def wait(self):
         """Until what was started is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """A disk that refuses, told by Orbax's background writer as whatever it was, as one line."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            full = "RESOURCE_EXHAUSTED" in str(error)
+            reason = "the disk is full" if full else " ".join(str(error).split())[:200]
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder}: {reason}: free some space, then continue from the last one"
+            ) from None
 
     def restore(self, step: int, template: State) -> tuple[State, dict]:
         """The state and meta of a step, of the template's tree, shapes and types, as host arrays."""

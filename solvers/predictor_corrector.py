@@ -30,6 +30,14 @@ def reverse_diffusion(sde: SDE, score: Callable, x, t, z, *, n: int, probability
     return Update(mean if probability_flow else mean + noise * z, mean)
 
 
+def euler_maruyama(sde: SDE, score: Callable, x, t, z, *, n: int, probability_flow: bool = False) -> Update:
+    """An Euler-Maruyama step of length t_max / n of the reverse SDE, or Euler's of the ODE."""
+    dt = sde.t_max / n
+    f, g = per_image(sde.drift(t), x), per_image(sde.diffusion(t), x)
+    mean = x - (f * x - g**2 * score(x, t) * (0.5 if probability_flow else 1.0)) * dt
+    return Update(mean if probability_flow else mean + g * jnp.sqrt(dt) * z, mean)
+
+
 def no_predictor(sde, score, x, t, z, *, n, probability_flow=False) -> Update:
     return Update(x, x)
 
@@ -47,12 +55,20 @@ def langevin(sde: SDE, score: Callable, x, t, z, *, n: int, snr: float) -> Updat
     return Update(mean + jnp.sqrt(2 * step) * z, mean)
 
 
+def annealed_langevin(sde: SDE, score: Callable, x, t, z, *, n: int, snr: float) -> Update:
+    """A Langevin step whose size follows sigma_t (Song & Ermon 2019, algorithm 1; snr sets its scale)."""
+    a, _ = sde.transition(t, n)
+    step = per_image(2 * a**2 * (snr * sde.sigma(t)) ** 2, x)
+    mean = x + step * score(x, t)
+    return Update(mean + jnp.sqrt(2 * step) * z, mean)
+
+
 def no_corrector(sde, score, x, t, z, *, n, snr) -> Update:
     return Update(x, x)
 
 
-PREDICTORS = {"reverse_diffusion": reverse_diffusion, "none": no_predictor}
-CORRECTORS = {"langevin": langevin, "none": no_corrector}
+PREDICTORS = {"euler_maruyama": euler_maruyama, "reverse_diffusion": reverse_diffusion, "none": no_predictor}
+CORRECTORS = {"langevin": langevin, "ald": annealed_langevin, "none": no_corrector}
 
 
 def evaluations(n: int, *, predictor: str, corrector: str, corrector_steps: int) -> int:

@@ -12,8 +12,8 @@ from solvers import predictor_corrector as pc
 from tests import reference
 from tests.mixture import Mixture
 
-PREDICTORS = {"rd": "reverse_diffusion", "none": "none"}
-CORRECTORS = {"langevin": "langevin", "none": "none"}
+PREDICTORS = {"em": "euler_maruyama", "rd": "reverse_diffusion", "none": "none"}
+CORRECTORS = {"langevin": "langevin", "ald": "ald", "none": "none"}
 
 
 def sde_of(info):
@@ -41,14 +41,16 @@ def test_published_updates(case):
     info, stored = reference.cases("D_updates")[case], reference.arrays("D_updates")
     sde, n = sde_of(info)
     x, t = jnp.asarray(reference.nhwc(stored[f"{case}/x"])), jnp.asarray(stored[f"{case}/t"])
-    draws = reference.nhwc(stored[f"{case}/noise"])
+    draws = reference.nhwc(stored[f"{case}/noise"]) if f"{case}/noise" in stored.files else []
     score = score_fn(Mixture.reference().noise_fn(sde), sde)
     if "predictor" in info:
-        update = pc.reverse_diffusion(sde, score, x, t, draws[0], n=n, probability_flow=info["probability_flow"])
+        predict = pc.PREDICTORS[PREDICTORS[info["predictor"]]]
+        z = draws[0] if len(draws) else None
+        update = predict(sde, score, x, t, z, n=n, probability_flow=info["probability_flow"])
     else:
         update = pc.Update(x, x)
         for z in draws:
-            update = pc.langevin(sde, score, update.x, t, z, n=n, snr=info["snr"])
+            update = pc.CORRECTORS[info["corrector"]](sde, score, update.x, t, z, n=n, snr=info["snr"])
     close(update.x, stored[f"{case}/x_new"], 1e-5)
     close(update.mean, stored[f"{case}/x_mean"], 1e-5)
 

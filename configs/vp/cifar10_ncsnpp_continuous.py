@@ -2,7 +2,7 @@
 
     python train.py --config=configs/vp/cifar10_ncsnpp_continuous.py
 
-62.1 M parameters, 1.3 M steps of batch 128. The paper gives no number for this pair. Not run here.
+62.7 M parameters, 1.3 M steps of batch 128. The paper gives no number for this pair. Not run here.
 """
 
 from configs import base, models
@@ -11,4 +11,5 @@ from configs import base, models
 def get_config():
     config = base.get_config("vp")
     config.model = models.ncsnpp()
+    config.sampling.predictor = "euler_maruyama"
     return config

@@ -1,0 +1,15 @@
+"""NCSN on CelebA at 64x64, with techniques 1, 2 and 4 of Song & Ermon 2020: noise levels and Langevin steps.
+
+    python train.py --config=configs/ve/ncsn/celeba_124.py
+
+57.4 M parameters, 1.3 M steps of batch 128. Not run here.
+"""
+
+from configs import base, models
+
+
+def get_config():
+    config = base.celeba(num_scales=500)
+    config.model = models.ncsn()
+    config.training.ema_rate = 0.0
+    return base.annealed_langevin(config, lr=1e-3, snr=0.128, corrector_steps=5)

@@ -1,0 +1,434 @@
+"""Configs: their resolved values, and that these are the published ones."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+import experiment
+from score_sde.models import MODELS
+from tests.reference import cases, needs_reference
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted(
+    str(path.relative_to(ROOT / "configs").with_suffix(""))
+    for path in (ROOT / "configs").rglob("*.py")
+    if path.stem not in ("__init__", "base", "models")
+)
+
+
+def load(name: str):
+    """The module of configs/<name>.py."""
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------ resolved values
+
+NETWORKS = {}
+NETWORKS["ddpm++"] = dict(
+    name="ncsnpp",
+    nf=128,
+    ch_mult=(1, 2, 2, 2),
+    num_res_blocks=4,
+    attn_resolutions=(16,),
+    dropout=0.1,
+    resblock_type="biggan",
+    resamp_with_conv=True,
+    skip_rescale=True,
+    fir=False,
+    fir_kernel=(1, 3, 3, 1),
+    progressive="none",
+    progressive_input="none",
+    progressive_combine="sum",
+    embedding_type="positional",
+    fourier_scale=16.0,
+    scale_by_sigma=False,
+    nonlinearity="swish",
+    init_scale=0.0,
+    conditional=True,
+    num_classes=0,
+    dtype="float32",
+    remat=False,
+)
+NETWORKS["ddpm++ deep"] = NETWORKS["ddpm++"] | dict(num_res_blocks=8)
+NETWORKS["ncsn++"] = NETWORKS["ddpm++"] | dict(fir=True, progressive_input="residual")
+NETWORKS["ncsn++ deep"] = NETWORKS["ncsn++"] | dict(num_res_blocks=8)
+NETWORKS["ncsn++ smld"] = NETWORKS["ncsn++"] | dict(scale_by_sigma=True)
+NETWORKS["ncsn++ ve"] = NETWORKS["ncsn++ smld"] | dict(embedding_type="fourier")
+NETWORKS["ncsn++ ve deep"] = NETWORKS["ncsn++ ve"] | dict(num_res_blocks=8)
+NETWORKS["ncsn++ 256"] = NETWORKS["ncsn++ ve"] | dict(
+    ch_mult=(1, 1, 2, 2, 2, 2, 2),
+    num_res_blocks=2,
+    dropout=0.0,
+    progressive="output_skip",
+    progressive_input="input_skip",
+)
+NETWORKS["ncsn++ 1024"] = NETWORKS["ncsn++ 256"] | dict(nf=16, ch_mult=(1, 2, 4, 8, 16, 32, 32, 32), num_res_blocks=1)
+NETWORKS["ddpm"] = dict(
+    name="ddpm",
+    nf=128,
+    ch_mult=(1, 2, 2, 2),
+    num_res_blocks=2,
+    attn_resolutions=(16,),
+    dropout=0.1,
+    resamp_with_conv=True,
+    nonlinearity="swish",
+    conditional=True,
+    scale_by_sigma=False,
+    dtype="float32",
+)
+NETWORKS["ddpm unconditional"] = NETWORKS["ddpm"] | dict(conditional=False)
+NETWORKS["ddpm smld"] = NETWORKS["ddpm"] | dict(scale_by_sigma=True)
+NETWORKS["ddpm 256"] = NETWORKS["ddpm"] | dict(ch_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)
+NETWORKS["ncsn"] = dict(name="ncsn", nf=128, nonlinearity="elu", scale_by_sigma=False)
+NETWORKS["ncsnv2 64"] = dict(name="ncsnv2_64", nf=128, nonlinearity="elu", scale_by_sigma=True)
+NETWORKS["ncsnv2 128"] = NETWORKS["ncsnv2 64"] | dict(name="ncsnv2_128")
+
+# Every field on which a published result depends, but for the network and the SDE.
+BASE = {
+    "seed": 42,
+    "data.dataset": "cifar10",
+    "data.image_size": 32,
+    "data.num_channels": 3,
+    "data.crop": None,
+    "data.resize": "none",
+    "data.centered": True,
+    "data.random_flip": True,
+    "data.uniform_dequantization": False,
+    "denoiser.output": "eps",
+    "denoiser.label": "time",
+    "denoiser.num_scales": 1000,
+    "training.batch_size": 128,
+    "training.n_iters": 1_300_000,
+    "training.continuous": True,
+    "training.t_min": 1e-5,
+    "training.likelihood_weighting": False,
+    "training.reduce_mean": True,
+    "training.ema_rate": 0.9999,
+    "training.log_freq": 50,
+    "training.eval_freq": 100,
+    "training.checkpoint_freq": 10_000,
+    "training.keep_freq": 50_000,
+    "optim.lr": 2e-4,
+    "optim.beta1": 0.9,
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.0,
+    "optim.warmup": 5000,
+    "optim.grad_clip": 1.0,
+    "sampling.pc_steps": 1000,
+    "sampling.predictor": "reverse_diffusion",
+    "sampling.corrector": "none",
+    "sampling.corrector_steps": 1,
+    "sampling.snr": 0.16,
+    "sampling.probability_flow": False,
+    "sampling.denoise": True,
+}
+
+VP = {
+    "sde": dict(name="vp", beta_min=0.1, beta_max=20.0, t_min=1e-3),
+    "sampling.predictor": "euler_maruyama",
+    "model": "ddpm++",
+}
+SUBVP = VP | {"sde": VP["sde"] | dict(name="subvp")}
+DEEP = {"training.n_iters": 950_000, "model": "ddpm++ deep"}
+DDPM = {
+    "sde": VP["sde"] | dict(name="discrete_vp", n=1000),
+    "denoiser.label": "index",
+    "training.continuous": False,
+    "sampling.predictor": "ancestral_sampling",
+}
+VE = {
+    "sde": dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5),
+    "data.centered": False,
+    "denoiser.output": "score",
+    "denoiser.label": "sigma",
+    "training.reduce_mean": False,
+    "training.ema_rate": 0.999,
+    "sampling.corrector": "langevin",
+    "model": "ncsn++ ve",
+}
+SMLD = VE | {"denoiser.label": "reversed_index", "training.continuous": False, "model": "ncsn++ smld"}
+NCSN = SMLD | {
+    "optim.lr": 1e-3,
+    "optim.warmup": 0,
+    "optim.grad_clip": -1.0,
+    "sampling.predictor": "none",
+    "sampling.corrector": "ald",
+    "sampling.corrector_steps": 5,
+    "model": "ncsn",
+}
+NCSNV2 = NCSN | {"optim.lr": 1e-4, "model": "ncsnv2 64"}
+FEW = {"sampling.corrector_steps": 100, "sampling.snr": 0.316}  # with 10 noise levels
+NO_EMA = {"training.ema_rate": 0.0}
+CELEBA = {"data.dataset": "celeb_a", "data.image_size": 64, "data.crop": 140, "data.resize": "resize_crop"}
+LARGE = {
+    "data.image_size": 256,
+    "training.batch_size": 64,
+    "training.n_iters": 2_400_000,
+    "training.checkpoint_freq": 5000,
+    "sampling.snr": 0.075,
+}
+DDPM_256 = DDPM | LARGE | {"optim.lr": 2e-5, "model": "ddpm 256"}
+BEDROOM = {"data.dataset": "lsun/bedroom", "data.resize": "crop_resize"}
+CHURCH = {"data.dataset": "lsun/church_outdoor", "data.resize": "crop_resize"}
+HQ = {"data.dataset": "celeb_a_hq/256"}
+FFHQ = {"data.dataset": "ffhq"}
+
+
+def levels(n: int, sigma_max: float) -> dict:
+    return {"sde": VE["sde"] | dict(sigma_max=sigma_max), "denoiser.num_scales": n, "sampling.pc_steps": n}
+
+
+LARGE_1024 = {
+    "data.image_size": 1024,
+    "training.batch_size": 8,
+    "training.ema_rate": 0.9999,
+    "sampling.snr": 0.15,
+    "model": "ncsn++ 1024",
+}
+VE_256 = VE | LARGE | {"model": "ncsn++ 256"}
+VE_1024 = VE_256 | levels(2000, 1348.0) | LARGE_1024
+
+PUBLISHED = {
+    "vp/cifar10_ddpmpp": DDPM | {"model": "ddpm++"},
+    "vp/cifar10_ddpmpp_continuous": VP,
+    "vp/cifar10_ddpmpp_deep_continuous": VP | DEEP,
+    "vp/cifar10_ncsnpp": DDPM | {"sampling.predictor": "reverse_diffusion", "model": "ncsn++"},
+    "vp/cifar10_ncsnpp_continuous": VP | {"model": "ncsn++"},
+    "vp/cifar10_ncsnpp_deep_continuous": VP | DEEP | {"model": "ncsn++ deep"},
+    "vp/ddpm/bedroom": DDPM_256 | BEDROOM,
+    "vp/ddpm/celebahq": DDPM_256 | HQ,
+    "vp/ddpm/church": DDPM_256 | CHURCH,
+    "vp/ddpm/cifar10": DDPM | {"model": "ddpm"},
+    "vp/ddpm/cifar10_continuous": VP | {"model": "ddpm"},
+    "vp/ddpm/cifar10_unconditional": DDPM | {"model": "ddpm unconditional"},
+    "subvp/cifar10_ddpm_continuous": SUBVP | {"model": "ddpm"},
+    "subvp/cifar10_ddpmpp_continuous": SUBVP,
+    "subvp/cifar10_ddpmpp_deep_continuous": SUBVP | DEEP,
+    "subvp/cifar10_ncsnpp_continuous": SUBVP | {"model": "ncsn++"},
+    "subvp/cifar10_ncsnpp_deep_continuous": SUBVP | DEEP | {"model": "ncsn++ deep"},
+    "ve/bedroom_ncsnpp_continuous": VE_256 | BEDROOM | levels(2000, 378.0),
+    "ve/celeba_ncsnpp": SMLD | CELEBA | levels(1000, 90.0) | {"sampling.snr": 0.17},
+    "ve/celebahq_256_ncsnpp_continuous": VE_256 | HQ | levels(2000, 348.0),
+    "ve/celebahq_ncsnpp_continuous": VE_1024 | {"data.dataset": "celeb_a_hq/1024"},
+    "ve/church_ncsnpp_continuous": VE_256 | CHURCH | levels(2000, 380.0),
+    "ve/cifar10_ddpm": SMLD | {"model": "ddpm smld"},
+    "ve/cifar10_ncsnpp": SMLD,
+    "ve/cifar10_ncsnpp_continuous": VE,
+    "ve/cifar10_ncsnpp_deep_continuous": VE | DEEP | {"model": "ncsn++ ve deep"},
+    "ve/ffhq_256_ncsnpp_continuous": VE_256 | FFHQ | levels(2000, 348.0),
+    "ve/ffhq_ncsnpp_continuous": VE_1024 | FFHQ | {"training.reduce_mean": True},
+    "ve/ncsn/celeba": NCSN | CELEBA | levels(10, 1.0) | FEW | NO_EMA,
+    "ve/ncsn/celeba_124": NCSN | CELEBA | levels(500, 90.0) | {"sampling.snr": 0.128} | NO_EMA,
+    "ve/ncsn/celeba_1245": NCSN | CELEBA | levels(500, 90.0) | {"sampling.snr": 0.128},
+    "ve/ncsn/celeba_5": NCSN | CELEBA | levels(10, 1.0) | FEW,
+    "ve/ncsn/cifar10": NCSN | levels(10, 1.0) | FEW | NO_EMA,
+    "ve/ncsn/cifar10_124": NCSN | levels(232, 50.0) | {"sampling.snr": 0.176} | NO_EMA,
+    "ve/ncsn/cifar10_1245": NCSN | levels(232, 50.0) | {"sampling.snr": 0.176},
+    "ve/ncsn/cifar10_5": NCSN | levels(10, 1.0) | FEW,
+    "ve/ncsnv2/bedroom": NCSNV2
+    | LARGE
+    | BEDROOM
+    | levels(1086, 190.0)
+    | {
+        "data.image_size": 128,
+        "data.resize": "resize_crop",
+        "training.batch_size": 128,
+        "training.ema_rate": 0.9999,
+        "sampling.corrector_steps": 3,
+        "sampling.snr": 0.095,
+        "model": "ncsnv2 128",
+    },
+    "ve/ncsnv2/celeba": NCSNV2 | CELEBA | levels(500, 90.0) | {"sampling.snr": 0.128},
+    "ve/ncsnv2/cifar10": NCSNV2 | levels(232, 50.0) | {"sampling.snr": 0.176},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_resolved_values(name):
+    """Literal, so that no change of a default or of a shared function goes unseen."""
+    config = load(name).get_config()
+    fields = experiment.flat(config)
+    row = BASE | PUBLISHED[name]
+    assert config.model.to_dict() == NETWORKS[row.pop("model")]
+    assert config.sde.to_dict() == row.pop("sde")
+    assert {field: fields[field] for field in row} == row
+
+
+def test_all_published_configs_are_here():
+    assert {name for name in FILES if "/" in name} == set(PUBLISHED)
+
+
+# ------------------------------------------------------------------------------------------------ the published files
+
+# (dataset, category, image size) -> tensorflow-datasets name, or the user's folder
+DATASETS = {
+    ("CIFAR10", None, 32): "cifar10",
+    ("CELEBA", None, 64): "celeb_a",
+    ("CelebAHQ", None, 256): "celeb_a_hq/256",
+    ("CelebAHQ", None, 1024): "celeb_a_hq/1024",
+    ("FFHQ", None, 256): "ffhq",
+    ("FFHQ", None, 1024): "ffhq",
+    ("LSUN", "bedroom", 256): "lsun/bedroom",
+    ("LSUN", "bedroom", 128): "lsun/bedroom",
+    ("LSUN", "church_outdoor", 256): "lsun/church_outdoor",
+}
+# (sde, continuous) -> SDE, output and label; the official code derives the last two in models/utils.py
+OBJECTIVES = {
+    ("vpsde", True): ("vp", "eps", "time"),
+    ("vpsde", False): ("discrete_vp", "eps", "index"),
+    ("subvpsde", True): ("subvp", "eps", "time"),
+    ("vesde", True): ("ve", "score", "sigma"),
+    ("vesde", False): ("ve", "score", "reversed_index"),
+}
+SAME = (
+    "seed",
+    *("data.image_size", "data.num_channels", "data.centered", "data.random_flip", "data.uniform_dequantization"),
+    *("training.batch_size", "training.continuous", "training.likelihood_weighting", "training.reduce_mean"),
+    *("training.log_freq", "training.eval_freq"),
+    *("optim.lr", "optim.beta1", "optim.eps", "optim.weight_decay", "optim.warmup", "optim.grad_clip"),
+    *("sampling.predictor", "sampling.corrector", "sampling.snr", "sampling.probability_flow"),
+)
+RENAMED = {
+    "model.ema_rate": "training.ema_rate",
+    "training.snapshot_freq": "training.keep_freq",
+    "training.snapshot_freq_for_preemption": "training.checkpoint_freq",
+    "sampling.noise_removal": "sampling.denoise",
+    "sampling.n_steps_each": "sampling.corrector_steps",
+}
+# Fixed here to the only value that any official config has.
+FIXED = {
+    "model.attention_type": "ddpm",
+    "model.conv_size": 3,
+    "model.interpolation": "bilinear",
+    "optim.amsgrad": False,
+    "optim.optimizer": "Adam",
+    "sampling.method": "pc",
+    "training.snapshot_sampling": True,
+}
+# Of no counterpart. By section:
+#   eval: when and on what the official evaluation runs, which here the programs are told
+#   data.tfrecords_path: a path on the authors' machine; training.n_jitted_steps: a matter of speed alone
+#   model.normalization: each network has its own; model.sigma_begin: read by nothing
+#   training.continuouse, training.loss: misspelt, see CORRECTED
+WITHOUT_COUNTERPART = (
+    *("eval.batch_size", "eval.begin_ckpt", "eval.end_ckpt", "eval.num_samples"),
+    *("eval.enable_sampling", "eval.enable_loss", "eval.enable_bpd", "eval.bpd_dataset"),
+    *("data.tfrecords_path", "model.normalization", "model.sigma_begin"),
+    *("training.n_jitted_steps", "training.continuouse", "training.loss"),
+)
+# Fields of the shared official defaults which the network or the SDE of a config does not have.
+UNREAD = {
+    "ncsnpp": (),
+    "ddpm": ("embedding_type",),
+    "ncsn": ("embedding_type", "dropout"),
+    "ncsnv2_64": ("embedding_type", "dropout"),
+    "ncsnv2_128": ("embedding_type", "dropout"),
+    "vpsde": ("sigma_min", "sigma_max"),
+    "subvpsde": ("sigma_min", "sigma_max"),
+    "vesde": ("beta_min", "beta_max"),
+}
+CORRECTED = {
+    "ve/ncsnv2/bedroom": {"training.continuous": False},  # continuouse = False: its network takes an index
+    "ve/ncsn/celeba": {"training.sde": "vesde"},  # loss = "vesde": it would stop at the missing `sde`
+}
+
+
+def translated(official: dict) -> dict:
+    """Our fields of an official config; an official field that nothing here knows is an error."""
+    official = dict(official)
+    sde, continuous = official.pop("training.sde"), official["training.continuous"]
+    name, output, label = OBJECTIVES[sde, continuous]
+    ours = {"sde.name": name, "denoiser.output": output, "denoiser.label": label}
+    image = (official.pop("data.dataset"), official.pop("data.category", None), official["data.image_size"])
+    ours["data.dataset"] = DATASETS[image]
+    ours["training.n_iters"] = official.pop("training.n_iters") - 1  # which counts step 0
+    ours["denoiser.num_scales"] = ours["sampling.pc_steps"] = official.pop("model.num_scales")
+    if name == "discrete_vp":
+        ours["sde.n"] = ours["sampling.pc_steps"]
+    unread = UNREAD[official["model.name"]] + UNREAD[sde]
+    for field, value in official.items():
+        section, _, last = field.partition(".")
+        if field in SAME:
+            ours[field] = value
+        elif field in RENAMED:
+            ours[RENAMED[field]] = value
+        elif field in FIXED:
+            assert value == FIXED[field], field
+        elif field in WITHOUT_COUNTERPART or (section == "model" and last in unread):
+            continue
+        elif last in ("sigma_min", "sigma_max", "beta_min", "beta_max"):
+            ours[f"sde.{last}"] = value
+        elif section == "model":
+            ours[field] = tuple(value) if isinstance(value, list) else value
+        else:
+            raise AssertionError(f"official field {field} is neither mapped nor listed")
+    return ours
+
+
+OFFICIAL = cases("A_cifar10") | cases("A_large")
+
+
+@needs_reference
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_equal_to_the_published_file(name):
+    config = load(name).get_config()
+    ours = experiment.flat(config)
+    official = translated(experiment.flat(OFFICIAL[name]["config"]) | CORRECTED.get(name, {}))
+    assert {field: ours.get(field, "absent") for field in official} == official
+    # what is ours alone: not a published value, or not a field of the official files
+    extra = set(BASE) | {f"sde.{key}" for key in config.sde} | {f"model.{key}" for key in config.model}
+    own = {"data.crop", "data.resize", "training.t_min", "sde.t_min", "model.num_classes", "model.dtype", "model.remat"}
+    unset = {"model.fourier_scale"} if config.model.get("embedding_type") == "positional" else set()
+    assert extra - set(official) - unset <= own
+
+
+# ------------------------------------------------------------------------------------------------ the files
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file(name):
+    """It parses as the programs parse it, refuses unknown fields, and opens with its command."""
+    path = f"configs/{name}.py"
+    assert re.search(rf"^    python .+ --config={path}$", load(name).__doc__, re.MULTILINE)
+    argv, values = ["train", f"--config={ROOT / path}", "--config.training.n_iters=7"], flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    assert holder.value.training.n_iters == 7
+    experiment.check_fields(holder.value, path)
+    config = load(name).get_config()
+    for section in (config, *(value for _, value in config.items() if isinstance(value, ConfigDict))):
+        with pytest.raises(AttributeError):
+            section.unknown_field = 0
+
+
+TEMPLATES = {}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_builds(name, monkeypatch):
+    """Its SDE and network exist and fit its images, and its docstring counts the parameters right."""
+    config = load(name).get_config()
+    if config.model.name not in MODELS:
+        pytest.skip(f"{config.model.name} is not written yet")
+    trace = experiment.Experiment.params_template
+
+    def traced_once(self):
+        key = (self.config.model.to_json(), self.image_shape)
+        if key not in TEMPLATES:
+            TEMPLATES[key] = trace(self)
+        return TEMPLATES[key]
+
+    monkeypatch.setattr(experiment.Experiment, "params_template", traced_once)
+    params = experiment.build(config).params_template()
+    millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+    stated = re.search(r"([\d.]+) M parameters", load(name).__doc__)[1]
+    assert stated == f"{millions:.{len(stated.partition('.')[2])}f}"
