@@ -55,7 +55,7 @@ class Checkpoints:
             full = "RESOURCE_EXHAUSTED" in str(error)
             reason = "the disk is full" if full else " ".join(str(error).split())[:200]
             raise UserError(
-                f"cannot write a checkpoint to {self.folder}: {reason}: free some space, then continue from the last one"
+                f"cannot write a checkpoint to {self.folder}: {reason}: free some space, continue from the last one"
             ) from None
 
     def restore(self, step: int, template: State) -> tuple[State, dict]:

@@ -1,11 +1,14 @@
-"""Parameters of the published PyTorch checkpoints, to and from the trees of this library's networks.
+"""Parameters of the published checkpoints, of the PyTorch and the JAX code, as trees of this library's networks.
 
-The official PyTorch NCSN++ keeps its layers in one list, `all_modules.<i>`, in order of use, where Flax counts them per
-class. Tracing the network gives that order, so there is no table of names to keep.
+The official PyTorch U-Nets keep their layers in one list, `all_modules.<i>`, in order of use, where Flax counts them
+per class. Tracing the network gives that order, so there is no table of names to keep. The PyTorch RefineNets (NCSN,
+NCSNv2) name their layers instead, by rules that `_refinenet_name` states.
+
+The files themselves are read by score_sde.foreign.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -14,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from score_sde.errors import UserError
+from score_sde.models.ncsnv2 import NCSNv2
 
 Path = tuple[str, ...]
 
@@ -23,6 +27,9 @@ def from_torch(state: Mapping[str, np.ndarray], network: nn.Module, image_shape:
 
     Accepts the prefix `module.` of DataParallel. Two kinds of entries have no counterpart here and are left out: the
     buffer `sigmas`, and the embedding layers of an unconditional network's blocks (official, but without effect).
+
+    A PyTorch NCSNv2 computes something slightly different (other resizing, unbiased variances), so its parameters suit
+    these networks as a start for training rather than for sampling; the one for 64 x 64 has another width as well.
     """
     state = {name.removeprefix("module."): np.asarray(array) for name, array in state.items()}
     unused = [name for name in state if name == "sigmas" or _without_effect(name, network)]
@@ -31,15 +38,8 @@ def from_torch(state: Mapping[str, np.ndarray], network: nn.Module, image_shape:
     for path, name in names.items():
         if name not in state:
             raise UserError(f"the checkpoint has no {name}, which the configured network needs for {'/'.join(path)}")
-        params[path] = _to_flax(name, state[name])
-        if params[path].shape != shapes[path]:
-            raise UserError(
-                f"{name} of the checkpoint gives shape {params[path].shape}, "
-                f"but {'/'.join(path)} of the configured network has {shapes[path]}"
-            )
-    left_over = sorted(set(state) - set(names.values()) - set(unused))
-    if left_over:
-        raise UserError(f"the configured network has no place for {len(left_over)} entries, such as {left_over[0]}")
+        params[path] = _fitting(_to_flax(path, state[name]), name, path, shapes[path])
+    _require_none_left(set(state) - set(names.values()) - set(unused))
     return traverse_util.unflatten_dict(params)
 
 
@@ -47,11 +47,49 @@ def to_torch(params: Mapping, network: nn.Module, image_shape: tuple[int, int, i
     """The inverse of `from_torch`. PyTorch must load the result with strict=False, as the official code does."""
     names, _ = _torch_names(network, image_shape)
     flat = traverse_util.flatten_dict(params)
-    return {name: _to_pytorch(name, np.asarray(flat[path])) for path, name in names.items()}
+    return {name: _to_pytorch(path, np.asarray(flat[path])) for path, name in names.items()}
 
 
-def _torch_names(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[Path, str], dict[Path, tuple]]:
-    """The PyTorch name and the Flax shape of every parameter, by Flax path."""
+def from_flax(params: Mapping, network: nn.Module, image_shape: tuple[int, int, int]) -> dict:
+    """The same tree as `from_torch`, from that of a checkpoint of the official JAX code.
+
+    Accepts the official training state as a whole, of which it takes the averaged parameters, and the parameters of
+    group normalizations as (1, 1, 1, C), which is how flax 0.3.1 stored them.
+    """
+    stored = traverse_util.flatten_dict(dict(params.get("params_ema", params)))
+    _, shapes = _trace(network, image_shape)
+    fitted = {}
+    for path, shape in shapes.items():
+        name = "/".join(path)
+        if path not in stored:
+            raise UserError(f"the checkpoint has no {name}, which the configured network needs")
+        array = np.asarray(stored[path])
+        if path[-1] in ("scale", "bias") and array.shape == (1, 1, 1, *shape):
+            array = array.reshape(shape)
+        fitted[path] = _fitting(array, name, path, shape)
+    _require_none_left({"/".join(map(str, path)) for path in stored.keys() - shapes.keys()})
+    return traverse_util.unflatten_dict(fitted)
+
+
+def _fitting(array: np.ndarray, name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The array, if it can be the parameter at `path`."""
+    if array.shape != shape:
+        raise UserError(
+            f"{name} of the checkpoint gives shape {array.shape}, "
+            f"but {'/'.join(path)} of the configured network has {shape}"
+        )
+    if not jnp.issubdtype(array.dtype, np.floating):
+        raise UserError(f"{name} of the checkpoint has type {array.dtype}, but parameters are floating-point numbers")
+    return np.asarray(array, np.float32)
+
+
+def _require_none_left(names: set[str]) -> None:
+    if names:
+        raise UserError(f"the configured network has no place for {len(names)} entries, such as {min(names)}")
+
+
+def _trace(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[list[str], dict[Path, tuple]]:
+    """The top-level layers that PyTorch lists, in order of use, and the shape of every parameter, by Flax path."""
     order = []
 
     def record(call, args, kwargs, context):
@@ -72,29 +110,74 @@ def _torch_names(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple
         )
     shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables["params"]).items()}
     # The class embedding, which PyTorch does not know, comes under its own name.
-    listed = [layer for layer in order if not layer.startswith("Embed_")]
-    places = {layer: f"all_modules.{i}" for i, layer in enumerate(listed)}
-    leaves = {"kernel": "weight", "scale": "weight"}
-    names = {
-        (layer, *inner, leaf): ".".join([places.get(layer, layer), *inner, leaves.get(leaf, leaf)])
-        for layer, *inner, leaf in shapes
-    }
-    return names, shapes
+    return [layer for layer in order if not layer.startswith("Embed_")], shapes
+
+
+def _torch_names(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[Path, str], dict[Path, tuple]]:
+    """The PyTorch name and the Flax shape of every parameter, by Flax path."""
+    order, shapes = _trace(network, image_shape)
+    if isinstance(network, NCSNv2):
+        layers = lambda path: _refinenet_layers(path[:-1], len(network.widths))
+    else:
+        places = {layer: f"all_modules.{i}" for i, layer in enumerate(order)}
+        layers = lambda path: [places.get(path[0], path[0]), *path[1:-1]]
+    leaves = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+    return {path: ".".join([*layers(path), leaves.get(path[-1], path[-1])]) for path in shapes}, shapes
+
+
+# (class of the enclosing layer, class of the layer) -> the PyTorch name of the layer, from its number in Flax, that of
+# the enclosing layer, and the PyTorch names of the levels. The prefix of conditional classes is left out.
+_REFINENET: dict[tuple[str, str], Callable[[int, int, list[str]], str]] = {
+    ("", "Conv"): lambda i, outer, levels: ("begin_conv", "end_conv")[i],
+    ("", "InstanceNorm2dPlus"): lambda i, outer, levels: "normalizer",
+    ("", "ResidualBlock"): lambda i, outer, levels: f"res{levels[i // 2]}.{i % 2}",
+    ("", "RefineBlock"): lambda i, outer, levels: f"refine{(levels[:2] + levels[2:-2][::-1] + levels[-2:])[i]}",
+    ("ResidualBlock", "InstanceNorm2dPlus"): lambda i, outer, levels: f"normalize{i + 1}",
+    ("ResidualBlock", "Conv"): lambda i, outer, levels: ("conv1", "conv2", "shortcut")[i],
+    ("ResidualBlock", "ConvMeanPool"): lambda i, outer, levels: ("conv2", "shortcut")[i],
+    ("ConvMeanPool", "Conv"): lambda i, outer, levels: "conv",
+    # The first RefineBlock has one input, the others two; one more RCUBlock follows those of the inputs.
+    ("RefineBlock", "RCUBlock"): lambda i, outer, levels: (
+        "output_convs" if i == min(outer + 1, 2) else f"adapt_convs.{i}"
+    ),
+    ("RefineBlock", "MSFBlock"): lambda i, outer, levels: "msf",
+    ("RefineBlock", "CRPBlock"): lambda i, outer, levels: "crp",
+    ("RCUBlock", "Conv"): lambda i, outer, levels: f"{i // 2 + 1}_{i % 2 + 1}_conv",
+    ("RCUBlock", "InstanceNorm2dPlus"): lambda i, outer, levels: f"{i // 2 + 1}_{i % 2 + 1}_norm",
+    ("InstanceNorm2dPlus", "Embed"): lambda i, outer, levels: "embed",
+} | {
+    (block, layer): lambda i, outer, levels, name=name: f"{name}.{i}"
+    for block in ("MSFBlock", "CRPBlock")
+    for layer, name in (("Conv", "convs"), ("InstanceNorm2dPlus", "norms"))
+}
+
+
+def _refinenet_layers(path: Path, levels: int) -> list[str]:
+    """The PyTorch names of nested layers of an NCSN or NCSNv2 with that many levels."""
+    # The level that six have more than five came between the third and the fourth.
+    level_names = ["1", "2", "3", "31", "4", "5"] if levels == 6 else [str(i + 1) for i in range(levels)]
+    names, enclosing, outer = [], "", 0
+    for part in path:
+        layer, _, number = re.sub("^Cond(itional)?", "", part).rpartition("_")
+        names.append(_REFINENET[enclosing, layer](int(number), outer, level_names))
+        enclosing, outer = layer, int(number)
+    return names
 
 
 def _without_effect(name: str, network: nn.Module) -> bool:
-    return not network.conditional and re.fullmatch(r"all_modules\.\d+\.Dense_0\.(weight|bias)", name) is not None
+    unconditional = not getattr(network, "conditional", True)
+    return unconditional and re.fullmatch(r"all_modules\.\d+\.Dense_0\.(weight|bias)", name) is not None
 
 
-def _to_flax(name: str, array: np.ndarray) -> np.ndarray:
-    """Convolutions from OIHW to HWIO, dense layers from (out, in) to (in, out)."""
-    if name.endswith("weight") and array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)
-    return array.T if name.endswith("weight") and array.ndim == 2 else array
+def _to_flax(path: Path, array: np.ndarray) -> np.ndarray:
+    """Convolutions from OIHW to HWIO, dense layers from (out, in) to (in, out), instance norms to (1, 1, 1, C)."""
+    if path[-1] in ("kernel", "weight") and array.ndim in (2, 4):
+        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    return array.reshape(1, 1, 1, -1) if path[-1] in ("alpha", "gamma", "beta") else array
 
 
-def _to_pytorch(name: str, array: np.ndarray) -> np.ndarray:
+def _to_pytorch(path: Path, array: np.ndarray) -> np.ndarray:
     """The inverse of `_to_flax`."""
-    if name.endswith("weight") and array.ndim == 4:
-        return array.transpose(3, 2, 0, 1)
-    return array.T if name.endswith("weight") and array.ndim == 2 else array
+    if path[-1] in ("kernel", "weight"):
+        return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return array.reshape(-1) if path[-1] in ("alpha", "gamma", "beta") else array

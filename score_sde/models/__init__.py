@@ -1,6 +1,15 @@
 """The published score networks."""
 
+from score_sde.models.ddpm import DDPM
 from score_sde.models.ncsnpp import NCSNpp
+from score_sde.models.ncsnv2 import NCSN, NCSNv2, ncsnv2_128, ncsnv2_256
 
 # Config name -> network; each is called as (x, label, y, dropout keys).
-MODELS = {"ncsnpp": NCSNpp}
+MODELS = {
+    "ncsnpp": NCSNpp,
+    "ddpm": DDPM,
+    "ncsn": NCSN,
+    "ncsnv2_64": NCSNv2,
+    "ncsnv2_128": ncsnv2_128,
+    "ncsnv2_256": ncsnv2_256,
+}

@@ -1,0 +1,356 @@
+"""Reads checkpoint files of the official PyTorch and JAX code without running anything that they contain.
+
+A PyTorch file is a zip archive of raw arrays and of a pickle, a program that builds the objects around them. Python's
+own unpickler calls whatever functions the program names; the interpreter here calls none. It knows the two that
+checkpoints need, as data, and fails at the first other one. The archive's members may not be compressed, and no array
+is larger than the bytes that the file holds for it, so memory is in proportion to the file's size.
+
+A JAX file is msgpack, which has no programs; its limits are set here for the same reason.
+"""
+
+import math
+import os
+import pathlib
+import pickletools
+import struct
+import zipfile
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+from flax import traverse_util
+
+from score_sde.errors import UserError
+
+
+class Foreign(NamedTuple):
+    """What a checkpoint of the official code holds.
+
+    kind: "torch", for score_sde.importers.from_torch, or "flax", for from_flax
+    model, ema: the parameters and their moving average, by PyTorch name or as a Flax tree; None: not in the file
+    step: of training; None: not in the file
+    """
+
+    kind: str
+    model: dict
+    ema: dict | None
+    step: int | None
+
+
+def read_checkpoint(path: str | os.PathLike) -> Foreign:
+    """The contents of a .pth file of the PyTorch code or a `checkpoint_<n>` of the JAX code, told apart by content.
+
+    Bare parameters, without the rest of a training state, are read as well, as the model.
+    """
+    path = pathlib.Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start.startswith(b"PK"):
+            return _torch_checkpoint(path)
+        if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # the codes of msgpack's maps
+            return _flax_checkpoint(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except _Malformed as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error}") from None
+    if start[:1] == b"\x80":
+        raise UserError(f"{path} is a bare pickle, as PyTorch wrote before 1.6: save it again with a newer PyTorch")
+    raise UserError(f"{path} is neither a PyTorch checkpoint (a zip archive) nor a Flax checkpoint (a msgpack map)")
+
+
+class _Malformed(Exception):
+    """A file is not what it should be; says how in one line."""
+
+
+# -- PyTorch --
+
+
+class _Global(NamedTuple):
+    """A function or class that a pickle names."""
+
+    module: str
+    name: str
+
+
+class _Storage(NamedTuple):
+    dtype: np.dtype
+    key: str
+    size: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements, as the offset
+
+
+_ORDERED_DICT = _Global("collections", "OrderedDict")
+_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
+_DTYPES = {
+    _Global("torch", f"{name}Storage"): np.dtype(code)
+    for name, code in (
+        ("Half", "<f2"),
+        ("Float", "<f4"),
+        ("Double", "<f8"),
+        ("Char", "<i1"),
+        ("Byte", "<u1"),
+        ("Short", "<i2"),
+        ("Int", "<i4"),
+        ("Long", "<i8"),
+        ("Bool", "?"),
+    )
+}
+_LARGEST_PICKLE = 2**26  # bytes; objects take some hundred times the memory. The largest published one has 300 kB.
+
+
+def _torch_checkpoint(path: pathlib.Path) -> Foreign:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = _Arrays(archive, path.stat().st_size)
+            if arrays.member("byteorder", b"little") != b"little":
+                raise _Malformed("it was written on a big-endian machine")
+            return _parts(_unpickled(arrays.member("data.pkl")), arrays)
+    except (zipfile.BadZipFile, struct.error, EOFError, OverflowError, RuntimeError, ValueError) as error:
+        raise _Malformed(f"its archive is damaged ({_one_line(error)})") from None
+
+
+class _Arrays:
+    """The raw arrays of an archive, of which no more is read in all than the file is long."""
+
+    def __init__(self, archive: zipfile.ZipFile, file_size: int):
+        self._archive = archive
+        self._members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+        self._left = file_size
+
+    def member(self, name: str, default: bytes | None = None) -> bytes:
+        member = self._members.get(name)
+        if member is None:
+            if default is None:
+                raise _Malformed(f"its archive has no {name}")
+            return default
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise _Malformed(f"{name} in its archive is compressed, which PyTorch does not do")
+        self._left -= member.file_size
+        if self._left < 0:
+            raise _Malformed("its archive claims to hold more than it is long")
+        return self._archive.read(member)
+
+    def array(self, name: str, tensor: Any) -> np.ndarray:
+        """The numbers of the tensor, which the checkpoint calls `name`."""
+        if not isinstance(tensor, _Tensor):
+            raise _Malformed(f"{name} is no tensor")
+        storage, offset, shape, strides = tensor
+        size = math.prod(shape)
+        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else offset
+        if last >= storage.size + (size == 0) or size > storage.size:
+            raise _Malformed(f"{name} reaches beyond the numbers stored for it")
+        data = self.member(f"data/{storage.key}")
+        if len(data) != storage.size * storage.dtype.itemsize:
+            raise _Malformed(f"{name} should have {storage.size} numbers, but {len(data)} bytes are stored for it")
+        flat = np.frombuffer(data, storage.dtype)[offset:]
+        return np.lib.stride_tricks.as_strided(flat, shape, [stride * flat.itemsize for stride in strides]).copy()
+
+
+_CONSTANTS = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+}
+_LITERALS = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+)
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _unpickled(program: bytes) -> Any:
+    """What the pickle builds, of None, bool, int, float, str, tuple, list, dict and _Tensor."""
+    if len(program) > _LARGEST_PICKLE:
+        raise _Malformed(f"its data.pkl has {len(program)} bytes, more than any checkpoint's")
+    stack, marks, memo = [], [], {}
+
+    def since_mark() -> list:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    try:
+        for opcode, argument, _ in pickletools.genops(program):
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case name if name in _CONSTANTS:
+                    stack.append(_CONSTANTS[name]())
+                case name if name in _LITERALS:
+                    stack.append(argument)
+                case "MARK":
+                    marks.append(len(stack))
+                case "TUPLE":
+                    stack.append(tuple(since_mark()))
+                case name if name in _TUPLES:
+                    items = [stack.pop() for _ in range(_TUPLES[name])]
+                    stack.append(tuple(reversed(items)))
+                case "APPEND":
+                    item = stack.pop()
+                    _expect(stack[-1], list).append(item)
+                case "APPENDS":
+                    items = since_mark()
+                    _expect(stack[-1], list).extend(items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _expect(stack[-1], dict)[_expect(key, str, int)] = value
+                case "SETITEMS":
+                    items = since_mark()
+                    for key, value in zip(items[::2], items[1::2], strict=True):
+                        _expect(stack[-1], dict)[_expect(key, str, int)] = value
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "GLOBAL":
+                    stack.append(_known(*argument.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    name, module = stack.pop(), stack.pop()
+                    stack.append(_known(module, name))
+                case "BINPERSID":
+                    stack.append(_storage(stack.pop()))
+                case "REDUCE":
+                    arguments, function = stack.pop(), stack.pop()
+                    stack.append(_applied(function, arguments))
+                case "BUILD":
+                    # Attributes of a dictionary: PyTorch gives a state_dict its `_metadata`, which is of no use here.
+                    stack.pop()
+                    _expect(stack[-1], dict)
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise _Malformed(f"its pickle uses {name}, which no checkpoint needs")
+    except (IndexError, KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
+        raise _Malformed(f"its pickle is damaged ({_one_line(error)})") from None
+    raise _Malformed("its pickle has no end")
+
+
+def _known(module: Any, name: Any) -> _Global:
+    """The global, if checkpoints need it."""
+    reference = _Global(module, name)
+    if reference not in (_ORDERED_DICT, _TENSOR, *_DTYPES):
+        raise _Malformed(f"its pickle asks for {_one_line(module)}.{_one_line(name)}, which no checkpoint needs")
+    return reference
+
+
+def _storage(identifier: Any) -> _Storage:
+    match identifier:
+        case ("storage", _Global() as kind, str() as key, str(), int() as size) if kind in _DTYPES and size >= 0:
+            return _Storage(_DTYPES[kind], key, size)
+    raise _Malformed("its pickle refers to data in an unknown way")
+
+
+def _applied(function: Any, arguments: Any) -> Any:
+    """What the call would give; nothing is called."""
+    if function == _ORDERED_DICT and arguments == ():
+        return {}
+    match arguments:
+        case (_Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_) if function == _TENSOR:
+            natural = all(isinstance(n, int) and 0 <= n < 2**40 for n in (offset, *shape, *strides))
+            if natural and len(shape) == len(strides) <= 8:
+                return _Tensor(storage, offset, shape, strides)
+    raise _Malformed("its pickle makes a call that no checkpoint needs")
+
+
+def _parts(saved: Any, arrays: _Arrays) -> Foreign:
+    """The official structure, {model: state_dict, ema: {shadow_params: list}, step: int}, or a state_dict alone."""
+    state = _expect(_expect(saved, dict).get("model", saved), dict)
+    model = {_expect(name, str): arrays.array(name, tensor) for name, tensor in state.items()}
+    if state is saved or "ema" not in saved:
+        return Foreign("torch", model, None, None)
+    step = _expect(saved.get("step"), int, type(None))
+    # The averages are a list in the order of the trainable parameters: all but the buffer `sigmas` and the Fourier
+    # frequencies, the only vector called W.
+    shadow = _expect(_expect(saved["ema"], dict).get("shadow_params"), list)
+    fixed = [
+        name for name, array in model.items() if _last(name) == "sigmas" or (_last(name) == "W" and array.ndim == 1)
+    ]
+    trained = [name for name in model if name not in fixed]
+    if len(shadow) != len(trained):
+        raise _Malformed(f"it has averages of {len(shadow)} parameters, but {len(trained)} trainable parameters")
+    averages = {}
+    for name, tensor in zip(trained, shadow, strict=True):
+        averages[name] = arrays.array(f"the average of {name}", tensor)
+        if averages[name].shape != model[name].shape:
+            raise _Malformed(f"the average of {name} has shape {averages[name].shape} instead of {model[name].shape}")
+    return Foreign("torch", model, model | averages, step)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+# -- Flax --
+
+
+_MOST_AXES = 32
+_ARRAY_TYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint32", "uint64", "bool")
+
+
+def _flax_checkpoint(path: pathlib.Path) -> Foreign:
+    """The official State, {optimizer: {target, state}, params_ema, step, ...}, or the tree of parameters alone."""
+    limits = {"max_array_len": _MOST_AXES, "max_map_len": 100_000}
+    try:
+        tree = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False, strict_map_key=True, **limits)
+        tree = _joined(tree)
+        if "params_ema" not in tree:
+            return Foreign("flax", _require_arrays(tree), None, None)
+        target = _expect(tree.get("optimizer"), dict).get("target")
+        step = np.asarray(tree.get("step")).reshape(()).astype(np.int64).item()
+        return Foreign("flax", _require_arrays(target), _require_arrays(tree["params_ema"]), step)
+    except (KeyError, ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise _Malformed(f"its msgpack is damaged ({_one_line(error)})") from None
+
+
+def _extension(code: int, data: bytes) -> np.ndarray:
+    """Flax's arrays (1) and NumPy scalars (3): shape, name of the type, bytes."""
+    if code not in (1, 3):
+        raise _Malformed(f"its msgpack uses extension {code}, which no checkpoint needs")
+    shape, dtype, buffer = msgpack.unpackb(data, raw=False, max_array_len=_MOST_AXES)
+    if dtype not in _ARRAY_TYPES:
+        raise _Malformed(f"an array has type {_one_line(dtype)}")
+    shape = tuple(_expect(n, int) for n in shape)
+    if min(shape, default=0) < 0 or math.prod(shape) * np.dtype(dtype).itemsize != len(buffer):
+        raise _Malformed(f"an array of shape {shape} has {len(buffer)} bytes")
+    return np.frombuffer(buffer, dtype).reshape(shape)
+
+
+def _joined(tree: Any) -> Any:
+    """The tree with arrays above 2^30 bytes, which Flax writes in chunks, put together."""
+    if not isinstance(tree, dict):
+        return tree
+    if not tree.get("__msgpack_chunked_array__"):
+        return {key: _joined(value) for key, value in tree.items()}
+    shape, chunks = ([entry[str(i)] for i in range(len(entry))] for entry in (tree["shape"], tree["chunks"]))
+    return np.concatenate(chunks).reshape(shape)
+
+
+def _require_arrays(tree: Any) -> dict:
+    for path, leaf in traverse_util.flatten_dict(_expect(tree, dict)).items():
+        if not isinstance(leaf, np.ndarray):
+            raise _Malformed(f"{'/'.join(map(str, path))} is no array")
+    return tree
+
+
+def _expect(value: Any, *types: type) -> Any:
+    """The value, if of one of the types."""
+    if not isinstance(value, types):
+        raise _Malformed(f"it has a {type(value).__name__} where a {' or '.join(t.__name__ for t in types)} belongs")
+    return value
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())[:100]
