@@ -69,8 +69,9 @@ def main():
     with SummaryWriter(str(workdir / "tensorboard")) as board:
         bar = tqdm(total=fields.n_iters, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0)
         batches = stream.batches(step)
-        reported = (time.monotonic(), step)
+        reported, metrics = (time.monotonic(), step), None
         while step < fields.n_iters and not stopped:
+            jax.block_until_ready(metrics)  # of the call before: never more than one ahead of what the bar shows
             state, metrics = step_on_devices(state, next_batches(batches, fields))
             before, step = step, step + fields.steps_per_call
             bar.update(step - before)
