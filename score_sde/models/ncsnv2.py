@@ -260,7 +260,8 @@ class NCSNv2(nn.Module):
     The result has the shape and type of x; it is the score, if divided by the noise level (`scale_by_sigma`).
 
     Two residual blocks a level: level i has nf * widths[i] features and dilation dilations[i]; levels after the first
-    halve the resolution, if not dilated. Then one RefineBlock a level, coarsest first, of nf * refine_widths features.
+    halve the resolution, if not dilated. Then one RefineBlock a level, coarsest first, of nf * refine_widths features;
+    the first keeps the width of its level.
     """
 
     nf: int = 128
