@@ -42,8 +42,11 @@ FREE_SECTIONS = ("sampling.", "ems.", "eval.")
 # ------------------------------------------------------------------------------------------------ programs
 
 
-def run(main: Callable[[], None]):
-    """Run a program after parsing its flags. A UserError, or a disk that refuses, is one line and exit code 2."""
+def run(main: Callable[..., None], *, files: bool = False):
+    """Run a program after parsing its flags. A UserError, or a disk that refuses, is one line and exit code 2.
+
+    files: whether it takes arguments that are no flags; main is called with them.
+    """
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # errors of writers come back to us anyway
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "score_sde"))
@@ -51,9 +54,11 @@ def run(main: Callable[[], None]):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     def guarded(argv):
+        if files:
+            return main(argv[1:])
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
-        main()
+        return main()
 
     try:
         app.run(guarded, flags_parser=_parse)

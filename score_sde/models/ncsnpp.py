@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from score_sde.errors import UserError
@@ -22,6 +21,9 @@ from score_sde.models.layers import (
     conv3x3,
     default_init,
     merge,
+    require,
+    require_multiple,
+    sigma_at,
     sinusoidal_embedding,
 )
 
@@ -92,9 +94,7 @@ class NCSNpp(nn.Module):
     remat: bool = False
 
     def __post_init__(self) -> None:
-        for name, legal in _LEGAL.items():
-            if getattr(self, name) not in legal:
-                raise UserError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(legal)}")
+        require(self, **_LEGAL)
         if self.num_classes and not self.conditional:
             raise UserError("num_classes > 0 needs conditional = True: classes enter through the embedding")
         if self.fir and len(self.fir_kernel) < 2:
@@ -105,14 +105,9 @@ class NCSNpp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, label: Array, y: Array | None = None, dropout_keys: Array | None = None) -> Array:
-        _, height, width, image_channels = x.shape
+        image_channels = x.shape[-1]
         levels = len(self.ch_mult)
-        multiple = 2 ** (levels - 1)
-        if height % multiple or width % multiple:
-            raise UserError(
-                f"image size {height} x {width} does not fit ch_mult of length {levels}: "
-                f"height and width must be multiples of {multiple}"
-            )
+        require_multiple(x, 2 ** (levels - 1))
         dtype = jnp.dtype(self.dtype)
         act = NONLINEARITIES[self.nonlinearity]
         kernel = self.fir_kernel if self.fir else None
@@ -193,7 +188,11 @@ class NCSNpp(nn.Module):
 
         h = pyramid if self.progressive == "output_skip" else to_image(h)
         h = h.astype(x.dtype)
-        return h / self._sigma(label).astype(x.dtype)[:, None, None, None] if self.scale_by_sigma else h
+        if not self.scale_by_sigma:
+            return h
+        fourier = self.embedding_type == "fourier"
+        sigma = label if fourier else sigma_at(label, self.sigma_min, self.sigma_max, self.num_scales)
+        return h / sigma.astype(x.dtype)[:, None, None, None]
 
     def _embedding(self, label: Array, y: Array | None, dtype: jnp.dtype) -> Array | None:
         """(B,) noise levels and classes -> (B, 4 nf). The features are computed in the label's own precision."""
@@ -213,13 +212,6 @@ class NCSNpp(nn.Module):
             embed = nn.Embed(self.num_classes + 1, 4 * self.nf, dtype=dtype, embedding_init=nn.initializers.normal(1.0))
             embedding = embedding + embed(y)
         return embedding
-
-    def _sigma(self, label: Array) -> Array:
-        """(B,) the noise level that the label stands for."""
-        if self.embedding_type == "fourier":
-            return label
-        table = np.exp(np.linspace(np.log(self.sigma_max), np.log(self.sigma_min), self.num_scales))
-        return jnp.asarray(table, label.dtype)[label.astype(jnp.int32)]
 
 
 def _remat_if(remat: bool, layer: type[nn.Module]) -> type[nn.Module]:

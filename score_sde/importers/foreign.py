@@ -51,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike) -> Foreign:
         if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # the codes of msgpack's maps
             return _flax_checkpoint(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or _one_line(error)}") from None
     except _Malformed as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from None
     if start[:1] == b"\x80":
@@ -102,7 +102,7 @@ _DTYPES = {
         ("Bool", "?"),
     )
 }
-_LARGEST_PICKLE = 2**26  # bytes; objects take some hundred times the memory. The largest published one has 300 kB.
+_LARGEST_PICKLE = 2**24  # bytes; a thousand tensors take 0.1 MB, and the objects it builds up to a hundred times more
 
 
 def _torch_checkpoint(path: pathlib.Path) -> Foreign:

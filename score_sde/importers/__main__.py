@@ -1,0 +1,74 @@
+"""Import a published checkpoint as an ordinary run folder, or export a run to the PyTorch names.
+
+    python -m score_sde.importers CHECKPOINT --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/published
+    python -m score_sde.importers --export=weights.npz --workdir=runs/published
+
+CHECKPOINT is a file of the official code: PyTorch (.pth with model, EMA shadow list, step) or JAX (flax msgpack). It is
+read, never executed. The averaged parameters become both parameters and EMA of the run; --raw takes the others.
+"""
+
+import pathlib
+import shutil
+
+import numpy as np
+from absl import flags
+
+import experiment as experiments
+from score_sde import checkpoint, training
+from score_sde.errors import UserError
+from score_sde.importers import foreign, from_flax, from_torch, to_torch
+
+CONFIG = experiments.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write, or with --export to read.")
+RAW = flags.DEFINE_bool("raw", False, "Take the parameters themselves instead of their moving average.")
+EXPORT = flags.DEFINE_string("export", None, "Write a run's averaged parameters to this .npz, under PyTorch names.")
+
+
+def main(files: list[str]):
+    if EXPORT.value is not None:
+        export()
+    elif len(files) != 1 or WORKDIR.value is None:
+        raise UserError("give one checkpoint file, --config=... and --workdir=...")
+    else:
+        load(files[0])
+
+
+def load(file: str):
+    """Read, check every name and shape, and only then write the run folder."""
+    config = experiments.config_of(CONFIG)
+    experiment = experiments.build(config)
+    found = foreign.read_checkpoint(file)
+    params = found.model if RAW.value else found.ema
+    which = "parameters" if RAW.value else "averaged parameters (EMA)"
+    if params is None:
+        other = "--raw takes the parameters" if found.model is not None else "it has neither"
+        raise UserError(f"{file} holds no {which}: {other}")
+    convert = {"torch": from_torch, "flax": from_flax}[found.kind]
+    params = convert(params, experiment.network, experiment.image_shape)
+    workdir = pathlib.Path(WORKDIR.value)
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty: choose another --workdir")
+    try:
+        experiments.claim_workdir(workdir, config)
+        checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
+        state = training.init_state(params, training.make_optimizer(**config.optim))
+        checkpoints.save(state._replace(step=np.int32(found.step or 0)), {"imported": str(file)})
+        checkpoints.wait()
+    except BaseException:
+        shutil.rmtree(workdir, ignore_errors=True)
+        raise
+    print(f"{file}: {found.kind} checkpoint of step {found.step}, took the {which}")
+    print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
+
+
+def export():
+    """The averaged parameters of a run's last checkpoint, as arrays that PyTorch loads by name."""
+    model = experiments.open_model(WORKDIR.value)
+    arrays = to_torch(model.params, model.experiment.network, model.experiment.image_shape)
+    with open(EXPORT.value, "wb") as file:
+        np.savez(file, **arrays)
+    print(f"wrote {len(arrays)} arrays to {EXPORT.value}; load them with load_state_dict(..., strict=False)")
+
+
+if __name__ == "__main__":
+    experiments.run(main, files=True)

@@ -1,0 +1,120 @@
+"""A published network, measured and sampled: EMS, DPM-Solver-v3, DPM-Solver++ and predictor-corrector runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ems import estimate, statistics
+from score_sde import denoiser
+from score_sde import sde as sde_lib
+from score_sde.importers import from_torch
+from score_sde.sde import per_image
+from solvers import dpm_solver, dpm_solver_v3, predictor_corrector, tableau
+from tests import reference
+from tests.test_models import build, case
+from tests.test_solvers import GRIDS, worst
+
+SDE = sde_lib.VP()
+
+
+def network(name: str, dtype: str):
+    """(config, apply: (x, label) -> out) of a reduced published network, in float32 or float64."""
+    module, state, x = case("A_reduced", name)
+    params = jax.tree.map(lambda w: jnp.asarray(w, dtype), from_torch(state, module, x.shape[1:]))
+    config = reference.cases("A_reduced")[name]["config"]
+    module = build(config, dtype=dtype)
+    return config, lambda x, label: module.apply({"params": params}, x, label)
+
+
+def tame_noise():
+    """The NoiseFn of group `net` of the figures: eps = sigma x + 0.1 network(x, 10 t), in float64."""
+    _, apply = network("vp_ddpmpp", "float64")
+
+    def noise(x, t):
+        t = jnp.broadcast_to(t, x.shape[:1])
+        return per_image(SDE.sigma(t), x) * x + 0.1 * apply(x, 10 * t)
+
+    return noise
+
+
+@reference.needs_reference
+def test_published_statistics_of_a_network(x64):
+    stored = reference.arrays("E_ems_net")
+    nodes = estimate.nodes_at(SDE, stored["ems/timesteps_f64"], stored["ems/lambdas_f64"])
+    shape = (16, 3, 16, 16)
+    x0 = reference.nhwc(np.tanh(reference.normal("E/net/x0/0", shape))).astype(np.float64)
+    run, rows = jax.jit(functools.partial(estimate.batch_moments, tame_noise())), []
+    for j in range(len(nodes.t)):
+        v = reference.nhwc(reference.rng(f"E/net/v/{j}/0").integers(0, 2, size=shape) * 2.0 - 1)
+        zl, zf = (reference.nhwc(reference.normal(f"E/net/{z}/{j}/0", shape)).astype(np.float64) for z in ("zl", "zf"))
+        node = jax.tree.map(lambda values: values[j], nodes)
+        of_l, of_f = run(node, x0, zl, v), run(node, x0, zf, v)
+        rows.append(of_f._replace(w=of_l.w))
+    moments = estimate.Moments(*(np.stack(parts) for parts in zip(*rows, strict=True)))
+    ems = estimate.statistics(nodes, moments, {})
+    for key in "lsb":
+        theirs = reference.nhwc(stored[f"ems/{key}_f64"])
+        np.testing.assert_allclose(getattr(ems, key), theirs, atol=1e-6 * np.abs(theirs).max(), err_msg=key)
+
+
+@reference.needs_reference
+def test_published_few_step_samples_of_a_network(x64):
+    """DPM-Solver-v3 with the network's published statistics, and multistep DPM-Solver++, in float64."""
+    ems_file, v3, base = (reference.arrays(name) for name in ("E_ems_net", "E_v3_net", "E_base_net"))
+    ems = statistics.from_published(
+        *(ems_file[f"ems/{key}_f64"] for key in "lsb"), SDE, t_start=1.0, t_end=1e-3, origin={}
+    )
+    ems = ems._replace(t=ems_file["ems/timesteps_f64"], lam=ems_file["ems/lambdas_f64"])
+    noise = tame_noise()
+    run = jax.jit(functools.partial(tableau.solve, noise))
+    x = jnp.asarray(reference.nhwc(v3["x_T"]), jnp.float64)
+    for i, row in enumerate(reference.rows("E_v3_net")):
+        options = dict(
+            order=row["order"],
+            pseudo=row["p_pseudo"],
+            corrector="on" if row["use_corrector"] else "off",
+            corrector_pseudo=row["c_pseudo"],
+            lower_order_final=row["lower_order_final"],
+            degenerate=row["degenerated"],
+            indices=v3["indexes_f64"][i][: row["steps"] + 1],
+        )
+        table = tableau.uniform(dpm_solver_v3.dpm_solver_v3(SDE, row["steps"], ems=ems, **options), 4, x.shape[1:])
+        assert worst(run(table, x), reference.nhwc(v3["x0_f64"][i])) < 1e-9, row
+    x = jnp.asarray(reference.nhwc(base["x_T"]), jnp.float64)
+    for i, row in enumerate(reference.rows("E_base_net")):
+        wanted = (row["solver"], row.get("method"), row.get("algorithm_type"), row.get("solver_type"))
+        if wanted != ("dpm_solver", "multistep", "dpmsolver++", "dpmsolver") or row["denoise_to_zero"]:
+            continue
+        options = dict(order=row["order"], grid=GRIDS[row["skip_type"]], lower_order_final=row["lower_order_final"])
+        table = tableau.uniform(dpm_solver.dpm_solver_pp(SDE, row["steps"], **options), 4, x.shape[1:])
+        assert worst(run(table, x), reference.nhwc(base["x0_f64"][i])) < 1e-9, row
+
+
+@reference.needs_reference
+@pytest.mark.parametrize("name", [c for c in reference.cases("D_pc") if c.startswith("net_")])
+def test_published_predictor_corrector_runs_of_a_network(name):
+    info, stored = reference.cases("D_pc")[name], reference.arrays("D_pc")
+    ve = info["sde"][0] == "VESDE"
+    _, apply = network(name.removeprefix("net_").removesuffix("_rd_langevin"), "float32")
+    kind, args = (sde_lib.VE, ("sigma_min", "sigma_max")) if ve else (sde_lib.VP, ("beta_min", "beta_max"))
+    sde, n = kind(**dict(zip(args, info["sde"][1][:2], strict=True))), info["sde"][1][2]
+    output, label = ("score", "sigma") if ve else ("eps", "time")
+    noise = denoiser.noise_fn(apply, sde, output=output, label=label)
+    draws = jnp.asarray(reference.nhwc(stored[f"{name}/noise"]))
+    out = jax.jit(
+        lambda draws: predictor_corrector.sample(
+            noise,
+            sde,
+            draws[0] * sde.prior_std,
+            lambda i: draws[1 + i],
+            n=n,
+            snr=info["snr"],
+            corrector_steps=info["n_steps"],
+            t_end=info["eps"],
+        )
+    )(draws)
+    theirs = reference.nhwc(stored[f"{name}/x_mean_final"])
+    assert worst(out, theirs) < 2e-4  # float32 through n network evaluations
