@@ -19,7 +19,8 @@ from tqdm import tqdm
 import experiment as experiments
 from score_sde import VERSION, figures, parallel
 from score_sde.errors import UserError
-from solvers import dpm_solver_pp, tableau
+from solvers import tableau
+from solvers.dpm_solver import dpm_solver_pp
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")

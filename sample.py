@@ -83,7 +83,9 @@ def main():
         versions=dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0]),
         command=" ".join(sys.argv),
     )
-    folder = model.workdir / "samples" / (NAME.value or f"step{model.step}-{solver}-{steps}-seed{SEED.value}")
+    given = [text for text in OPTION.value if "/" not in text]
+    name = NAME.value or "-".join([f"step{model.step}", solver, str(steps), *given, f"seed{SEED.value}"])
+    folder = model.workdir / "samples" / name
     write(folder, images, record)
     print(f"wrote {folder}/samples.npz, grid.png and run.json")
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 import experiment as experiments
 from score_sde import checkpoint, data, figures, parallel, training
 from score_sde.errors import UserError
-from solvers import dpm_solver_pp, tableau
+from solvers import tableau
+from solvers.dpm_solver import dpm_solver_pp
 
 CONFIG = experiments.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the config> if absent.")

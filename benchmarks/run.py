@@ -17,7 +17,8 @@ from absl import flags
 import experiment as experiments
 from ems import estimate
 from score_sde import training
-from solvers import ddim, dpm_solver_pp, tableau
+from solvers import tableau
+from solvers.dpm_solver import ddim, dpm_solver_pp
 
 CONFIG = experiments.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Calls timed of each.", lower_bound=1)

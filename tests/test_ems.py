@@ -169,6 +169,51 @@ def test_one_network_evaluation_per_node_and_image():
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_stopped_estimate_goes_on_to_the_same_moments(stop, tmp_path):
+    """Stopped after any unit of work, the estimate resumes from its file and gives the bits of the undisturbed one."""
+    sde, mixture = sde_lib.VP(), Mixture.reference()
+    nodes = estimate.nodes(sde, 6)
+    x0 = mixture.sample("stopped", 12)
+    run = jax.jit(functools.partial(estimate.measure, mixture.noise_fn(sde)))
+    asked = []
+
+    def measure(node, node_index, x0, index):
+        asked.append((tuple(node_index), tuple(index)))
+        moments = run(jax.tree.map(np.float32, node), node_index, jax.random.key(0), x0, index)
+        return jax.tree.map(lambda part: part[None], moments)  # one device
+
+    accumulate = functools.partial(
+        estimate.accumulate, measure, nodes, x0, batch_size=4, chunk=3, identity="model", save_every=0.0
+    )
+    whole = accumulate()
+    units = len(asked)
+    assert units == 9
+    assert (whole.n == 12).all()
+
+    def interrupt(done, total):
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        accumulate(partial=tmp_path / "partial.npz", progress=interrupt)
+    asked.clear()
+    resumed = accumulate(partial=tmp_path / "partial.npz")
+    assert len(asked) == units - stop
+    for ours, theirs in zip(resumed, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_partial_file_of_another_model_is_not_continued(tmp_path):
+    path = tmp_path / "partial.npz"
+    estimate._write_partial(path, estimate.Moments.zeros((2,), (1, 1, 1)), 3, "this")
+    assert estimate._read_partial(path, "this")[1] == 3
+    assert estimate._read_partial(path, "that") is None
+    path.write_bytes(path.read_bytes()[:100])
+    assert estimate._read_partial(path, "this") is None
+
+
 def test_file_round_trip(tmp_path):
     sde = sde_lib.VP()
     nodes = estimate.nodes(sde, 5)

@@ -131,7 +131,7 @@ def test_other_solvers_and_the_sampler(run):
     common = ["--num_samples=4", f"--workdir={run}"]
     ok(program("sample", *common, "--solver=dpmpp", "--steps=6", "--option", "order=3", "--option", "grid=time"))
     ok(program("sample", *common, "--solver=pc", "--steps=25", "--option", "corrector=langevin"))
-    record = json.loads((run / "samples" / "step8-pc-25-seed0" / "run.json").read_text())
+    record = json.loads((run / "samples" / "step8-pc-25-corrector=langevin-seed0" / "run.json").read_text())
     assert record["nfe"] == 50
 
 

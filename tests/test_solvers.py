@@ -203,12 +203,15 @@ def fine_solution(name: str):
 @pytest.mark.parametrize("name", GENTLE)
 @pytest.mark.parametrize("solver", BUILDERS)
 def test_order_of_convergence(solver, name, x64):
-    """Halving the step divides the error by 2^order, on the exact noise of a mixture, for every SDE."""
+    """Halving the step divides the error by 2^order, on the exact noise of a mixture, for every SDE.
+
+    With more steps the trapezoids of the v3 integrals, over 5760 nodes here, show at about 1e-6.
+    """
     order, build = BUILDERS[solver]
     sde = GENTLE[name]
     x, fine = fine_solution(name)
     noise = Mixture.reference().noise_fn(sde)
-    errors = [np.sqrt(jnp.square(solve(noise, build(sde, n), x) - fine).mean()) for n in (40, 80)]
+    errors = [np.sqrt(jnp.square(solve(noise, build(sde, n), x) - fine).mean()) for n in (24, 48)]
     assert np.log2(errors[0] / errors[1]) > order - 0.25, errors
 
 
