@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py
 
-0.4 M parameters. See README.md for its cost and what to expect of it.
+0.4 M parameters. Four minutes on two CPU cores; what to expect of it is in README.md.
 """
 
 from configs import base, models
