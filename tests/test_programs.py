@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from ems import statistics
 from score_sde import checkpoint
 from tests import reference
 
@@ -139,6 +140,12 @@ def test_ems_and_evaluation(run):
     out = ok(program("ems", f"--workdir={run}", "--nodes=24"))
     assert "nodes24" in out
     assert "already measured" in ok(program("ems", f"--workdir={run}", "--nodes=24"))
+    (one,) = (run / "ems").glob("*nodes24*.npz")
+    alone = statistics.load(one.rename(one.with_name("alone.npz")))
+    ok(program("ems", f"--workdir={run}", "--nodes=24", devices=2))
+    shared = statistics.load(one)
+    np.testing.assert_allclose(shared.l, alone.l, atol=1e-5)
+    np.testing.assert_allclose(shared.b, alone.b, atol=1e-3 * np.abs(alone.b).max())
     assert len(list((run / "ems").glob("*nodes24*.png"))) == 1
     ok(program("evaluate", f"--workdir={run}"))
     report = json.loads((run / "eval" / "report.json").read_text())
@@ -150,8 +157,6 @@ def test_ems_and_evaluation(run):
 
 def damaged(run, folder, change):
     """The arguments of a run whose EMS file was changed."""
-    from ems import statistics
-
     path = sorted((run / "ems").glob("step8_nodes22*.npz"))[0]
     statistics.save(folder / "ems.npz", change(statistics.load(path)))
     return [f"--workdir={run}", "--solver=dpmv3", f"--ems={folder / 'ems.npz'}"]
