@@ -118,6 +118,17 @@ class SDE(abc.ABC):
         return -0.5 * (z.shape[1] * np.log(2 * np.pi * variance) + (z**2).sum(1) / variance)
 
 
+def _vp_sigma(log_alpha):
+    """sigma where sigma^2 = 1 - alpha^2, without cancellation at small t."""
+    xp = numpy_of(log_alpha)
+    return xp.sqrt(-xp.expm1(2 * log_alpha))
+
+
+def _vp_log_alpha(lam):
+    """log_alpha from lam where sigma^2 = 1 - alpha^2."""
+    return -0.5 * numpy_of(lam).logaddexp(-2 * lam, 0 * lam)
+
+
 def _linear_beta_log_alpha(t, beta_min, beta_max):
     """-1/2 of the integral of beta(s) = beta_min + s (beta_max - beta_min) over [0, t]."""
     return -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
@@ -140,12 +151,10 @@ class VP(SDE):
         return _linear_beta_log_alpha(t, self.beta_min, self.beta_max)
 
     def sigma(self, t):
-        xp = numpy_of(t)
-        return xp.sqrt(-xp.expm1(2 * self.log_alpha(t)))
+        return _vp_sigma(self.log_alpha(t))
 
     def t_of_lam(self, lam):
-        log_alpha = -0.5 * numpy_of(lam).logaddexp(-2 * lam, 0 * lam)
-        return _linear_beta_time(log_alpha, self.beta_min, self.beta_max)
+        return _linear_beta_time(_vp_log_alpha(lam), self.beta_min, self.beta_max)
 
     def transition(self, t, n):
         """DDPM's step: a = sqrt(1 - beta_i), G = sqrt(beta_i), beta_i = beta(i / (n - 1)) / n; needs n > beta_max."""
@@ -250,13 +259,12 @@ class DiscreteVP(SDE):
         return numpy_of(t).interp(t, *self._nodes(t.dtype))
 
     def sigma(self, t):
-        xp = numpy_of(t)
-        return xp.sqrt(-xp.expm1(2 * self.log_alpha(t)))
+        return _vp_sigma(self.log_alpha(t))
 
     def t_of_lam(self, lam):
         xp = numpy_of(lam)
         times, log_alphas = self._nodes(lam.dtype)
-        return xp.interp(-0.5 * xp.logaddexp(-2 * lam, 0 * lam), log_alphas[::-1], times[::-1])
+        return xp.interp(_vp_log_alpha(lam), log_alphas[::-1], times[::-1])
 
     def transition(self, t, n):
         """The chain's own step, a = sqrt(1 - beta_i), G = sqrt(beta_i), whose number of steps n must be the chain's."""
@@ -287,13 +295,11 @@ class CosineVP(SDE):
         return xp.log(xp.cos(angle(t))) - np.log(np.cos(angle(0.0)))
 
     def sigma(self, t):
-        xp = numpy_of(t)
-        return xp.sqrt(-xp.expm1(2 * self.log_alpha(t)))
+        return _vp_sigma(self.log_alpha(t))
 
     def t_of_lam(self, lam):
         xp = numpy_of(lam)
-        log_alpha = -0.5 * xp.logaddexp(-2 * lam, 0 * lam)
-        cosine = xp.exp(log_alpha) * np.cos(self.s / (1 + self.s) * np.pi / 2)
+        cosine = xp.exp(_vp_log_alpha(lam)) * np.cos(self.s / (1 + self.s) * np.pi / 2)
         return xp.arccos(cosine) * (2 * (1 + self.s) / np.pi) - self.s
 
     def transition(self, t, n):
