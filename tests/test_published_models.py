@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from flax import serialization, traverse_util
 
+import experiment as experiments
+from configs.vp import cifar10_ddpmpp_continuous
 from score_sde.errors import UserError
 from score_sde.importers import from_flax, from_torch, to_torch
+from score_sde.importers.__main__ import fitting_configs
 from score_sde.importers.foreign import read_checkpoint
 from score_sde.models import MODELS
 from score_sde.models.classifier import WideResnet
@@ -635,3 +638,16 @@ def test_averages_that_do_not_belong_are_refused(tmp_path):
             target.writestr(member.filename, content)
     with pytest.raises(UserError, match="averages of 156 parameters, but 157"):
         read_checkpoint(changed)
+
+
+def test_the_configs_that_fit_a_file_are_found():
+    """By every name and shape; these parameters do not tell VP from sub-VP, nor the discrete from the continuous."""
+    config = cifar10_ddpmpp_continuous.get_config()
+    experiment = experiments.build(config)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), experiment.params_template())
+    state = to_torch(params, experiment.network, experiment.image_shape)
+    assert fitting_configs(from_torch, state) == [
+        "configs/subvp/cifar10_ddpmpp_continuous.py",
+        "configs/vp/cifar10_ddpmpp.py",
+        "configs/vp/cifar10_ddpmpp_continuous.py",
+    ]

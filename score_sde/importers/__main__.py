@@ -7,13 +7,17 @@ CHECKPOINT is a file of the official code: PyTorch (.pth with model, EMA shadow 
 read, never executed. The averaged parameters become both parameters and EMA of the run; --raw takes the others.
 """
 
+import importlib
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 from absl import flags
 
+import configs
 import experiment as experiments
+from configs import base, models
 from score_sde import checkpoint, training
 from score_sde.errors import UserError
 from score_sde.importers import foreign, from_flax, from_torch, to_torch
@@ -44,7 +48,13 @@ def load(file: str):
         other = "--raw takes the parameters" if found.model is not None else "it has neither"
         raise UserError(f"{file} holds no {which}: {other}")
     convert = {"torch": from_torch, "flax": from_flax}[found.kind]
-    params = convert(params, experiment.network, experiment.image_shape)
+    try:
+        params = convert(params, experiment.network, experiment.image_shape)
+    except UserError as error:
+        print("the parameters do not fit this config; trying the others ...")
+        fitting = fitting_configs(convert, params)
+        advice = f"it fits {' and '.join(fitting)}" if fitting else "no config of configs/ has a network that it fits"
+        raise UserError(f"{file} does not fit {flags.FLAGS['config'].config_filename}: {error}; {advice}") from None
     workdir = pathlib.Path(WORKDIR.value)
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty: choose another --workdir")
@@ -59,6 +69,27 @@ def load(file: str):
         raise
     print(f"{file}: {found.kind} checkpoint of step {found.step}, took the {which}")
     print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
+
+
+def fitting_configs(convert: Callable, params: dict) -> list[str]:
+    """The files of configs/ whose network takes these parameters; the SDE is not told by them."""
+    folder, verdicts, fitting = pathlib.Path(configs.__file__).parent, {}, []
+    for path in sorted(folder.rglob("[!_]*.py")):
+        module = importlib.import_module(".".join(path.relative_to(folder.parent).with_suffix("").parts))
+        if module in (base, models):
+            continue
+        config = module.get_config()
+        network = (str(config.model), config.data.image_size, config.data.num_channels, config.denoiser.num_scales)
+        if network not in verdicts:
+            experiment = experiments.build(config)
+            try:
+                convert(params, experiment.network, experiment.image_shape)
+                verdicts[network] = True
+            except UserError:
+                verdicts[network] = False
+        if verdicts[network]:
+            fitting.append(str(path.relative_to(folder.parent)))
+    return fitting
 
 
 def export():

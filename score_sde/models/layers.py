@@ -164,6 +164,28 @@ class Conv(nn.Module):
         return linear(x, kernel[0, 0].astype(self.dtype), bias.astype(self.dtype))
 
 
+# Queries at a time: the published networks attend over 256 pixels; over 4096 the logits alone are 64 MB an image.
+ATTENTION_BLOCK = 1024
+
+
+def attention(query: Array, key: Array, value: Array) -> Array:
+    """softmax(query key^T) value, each (B, N, C), without ever holding more than ATTENTION_BLOCK rows of the logits."""
+
+    def attend(query: Array) -> Array:
+        logits = jnp.einsum("bqc,bkc->bqk", query, key).astype(at_least_float32(query.dtype))
+        # The softmax is normalized after the product with the values: derivatives take half the time on CPU.
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(2, keepdims=True)))
+        h = jnp.einsum("bqk,bkc->bqc", weights.astype(query.dtype), value)
+        return h / weights.sum(2, keepdims=True).astype(query.dtype)
+
+    batch, pixels, channels = query.shape
+    if pixels <= ATTENTION_BLOCK or pixels % ATTENTION_BLOCK:
+        return attend(query)
+    blocks = query.reshape(batch, -1, ATTENTION_BLOCK, channels).swapaxes(0, 1)
+    blocks = jax.lax.map(jax.checkpoint(attend), blocks)  # the backward pass computes a block's logits again
+    return blocks.swapaxes(0, 1).reshape(query.shape)
+
+
 class AttnBlockpp(nn.Module):
     """Single-head self-attention over the pixels, with a residual connection (DDPM, rescaled)."""
 
@@ -177,11 +199,7 @@ class AttnBlockpp(nn.Module):
         batch, height, width, channels = x.shape
         h = GroupNorm(self.dtype, self.groups)(x).reshape(batch, height * width, channels)
         query, key, value = (NIN(channels, dtype=self.dtype)(h) for _ in range(3))
-        logits = jnp.einsum("bqc,bkc->bqk", query * channels**-0.5, key).astype(at_least_float32(self.dtype))
-        # The softmax is normalized after the product with the values: derivatives take half the time on CPU.
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(2, keepdims=True)))
-        h = jnp.einsum("bqk,bkc->bqc", weights.astype(self.dtype), value)
-        h = h / weights.sum(2, keepdims=True).astype(self.dtype)
+        h = attention(query * channels**-0.5, key, value)
         h = NIN(channels, self.init_scale, self.dtype)(h)
         return merge(x, h.reshape(x.shape), self.skip_rescale)
 
