@@ -1,6 +1,7 @@
-"""Train a score model, or continue a run that was stopped.
+"""Train a score model or a classifier, or continue a run that was stopped.
 
 python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.training.n_iters=1000]
+python train.py --config=configs/classifier/digits.py       at its end, accuracy on test images by noise level
 python train.py --workdir=runs/digits
 """
 
@@ -49,7 +50,7 @@ def main():
         ),
         in_axes=(0, 0, None),
     )
-    draw_samples = sampler(experiment)
+    show = accuracy(experiment) if experiment.logits_of else sampler(experiment)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=fields.keep_freq)
     state = training.init_state(experiment.init_params(config.seed), optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -88,9 +89,7 @@ def main():
             if crossed(before, step, fields.checkpoint_freq) or step == fields.n_iters:
                 save()
             if crossed(before, step, fields.keep_freq) or step == fields.n_iters:
-                images = draw_samples(parallel.first(state.ema))
-                figures.save_grid(workdir / "tensorboard" / f"samples_{step}.png", images)
-                board.add_image("samples", figures.image_grid(images), step, dataformats="HWC")
+                show(parallel.first(state.ema), workdir, board, step)
         batches.close()
         bar.close()
     if stopped:
@@ -149,11 +148,42 @@ def report(bar, board, step, metrics, rate):
 
 
 def sampler(experiment, n: int = 36):
-    """params -> n uint8 images by 20 evaluations of DPM-Solver++, from the same noise every time."""
+    """(params, workdir, board, step): show n images by 20 evaluations of DPM-Solver++, of the same noise every time."""
     table = dpm_solver_pp(experiment.sde, 20)
     z = jax.random.normal(jax.random.key(0), (n, *experiment.image_shape)) * experiment.sde.prior_std
-    solve = jax.jit(lambda params, z: tableau.solve(experiment.noise_of(params), table, z))
-    return lambda params: experiment.to_uint8(solve(params, z))
+    classes = experiment.classes(jax.numpy.arange(n))
+    solve = jax.jit(lambda params, z: tableau.solve(experiment.noise_of(params, classes), table, z))
+
+    def show(params, workdir, board, step):
+        images = experiment.to_uint8(solve(params, z))
+        figures.save_grid(workdir / "tensorboard" / f"samples_{step}.png", images)
+        board.add_image("samples", figures.image_grid(images), step, dataformats="HWC")
+
+    return show
+
+
+def accuracy(experiment, n: int = 1000, levels: int = 6):
+    """(params, workdir, board, step): show a classifier's accuracy on n test images at times t_min to t_max."""
+    images = experiment.images("test")
+    batch = images.take(np.arange(min(n, images.size)))
+    keys = jax.random.split(jax.random.key(0), len(batch["label"]))
+    times = np.linspace(experiment.sde.t_min, experiment.sde.t_max, levels, dtype=np.float32)
+
+    @jax.jit
+    def accurate(params, t):
+        x0 = jax.vmap(lambda key, image: experiment.preprocess(key, image, flip=False))(keys, batch["image"])
+        z = jax.random.normal(jax.random.key(1), x0.shape)
+        logits = experiment.logits_of(params)(experiment.sde.perturb(x0, t, z), t)
+        return (logits.argmax(1) == batch["label"]).mean()
+
+    def show(params, workdir, board, step):
+        found = [float(accurate(params, t)) for t in times]
+        for t, share in zip(times, found, strict=True):
+            board.add_scalar(f"accuracy/t={t:.2g}", share, step)
+        shown = ", ".join(f"{share:.3f} at t={t:.2g}" for t, share in zip(times, found, strict=True))
+        tqdm.write(f"step {step}: accuracy on {len(keys)} test images {shown}")
+
+    return show
 
 
 def catch_stop_signals() -> list[int]:

@@ -59,6 +59,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     training.t_min = 1e-5  # smallest time trained at
     training.likelihood_weighting = False
     training.reduce_mean = not exploding  # mean over pixels, or half of the sum
+    training.label_dropout = 0.0  # share of labels hidden from a class-conditional network, which can then be guided
     training.ema_rate = 0.999 if exploding else 0.9999
     training.ema_warmup = False  # ramp the rate up from 0, as the official PyTorch code does
     training.steps_per_call = 1  # more save dispatch on GPU and TPU; on CPU a loop makes steps 20 times slower
@@ -92,6 +93,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     ems.nodes = 120  # intervals of lam; the paper takes 1200
     ems.num_data = 1024  # images; the paper takes 4096
     ems.batch_size = 64
+    ems.t_end = None  # where they end, if not at the SDE's t_min; a tenth of it serves what is published above 10 steps
 
     config.eval = evaluation = ConfigDict()
     evaluation.num_data = 10_000  # test images of the loss
@@ -99,6 +101,14 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     evaluation.num_samples = 64  # noises of the convergence study
     evaluation.steps = (5, 6, 8, 10, 15, 20)
     evaluation.fine_steps = 400  # of the solution that the others are compared with
+    evaluation.likelihood = likelihood = ConfigDict()
+    likelihood.num_data = 10_000  # test images of bits/dim
+    likelihood.repeats = 5  # draws of dequantization and probes for each
+    likelihood.probe = "rademacher"  # or "gaussian", or "exact": the whole trace, for small images
+    likelihood.num_probes = 1
+    likelihood.t_min = 1e-5  # the density is that of data with the noise of this time
+    likelihood.rtol = 1e-5
+    likelihood.atol = 1e-5
     return config.lock()
 
 

@@ -14,6 +14,7 @@ keeps the subtraction small: eps and x alone nearly cancel in f at large noise, 
 Both tangents, the probe v and the ODE direction, share one linearization of the network.
 """
 
+import math
 import os
 import pathlib
 import time
@@ -25,9 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ems.moments import BLOCKS, Moments, jackknife, merge, union
 from ems.statistics import EMS
-from score_sde.denoiser import NoiseFn
+from score_sde.errors import UserError
 from score_sde.sde import SDE, derivative
+
+EPSILON = float(np.finfo(np.float32).eps)
 
 
 class Nodes(NamedTuple):
@@ -46,6 +50,8 @@ class Nodes(NamedTuple):
 def nodes(sde: SDE, n: int, *, t_end: float | None = None) -> Nodes:
     """n + 1 nodes uniform in lam from t_max to t_end, the SDE's t_min by default."""
     ends = np.array([sde.t_max, sde.t_min if t_end is None else t_end], np.float64)
+    if not 0 < ends[1] < ends[0]:
+        raise UserError(f"EMS from t={ends[0]:g} to t={ends[1]:g}: expected an end in (0, {ends[0]:g})")
     lam = np.linspace(*sde.lam(ends), n + 1)
     t = sde.t_of_lam(lam)
     t[[0, -1]] = ends
@@ -58,54 +64,17 @@ def nodes_at(sde: SDE, t: np.ndarray, lam: np.ndarray) -> Nodes:
     return Nodes(t, lam, sde.alpha(t), sde.sigma(t), dt, sde.drift(t) * dt, c, -2 * c * (1 - c))
 
 
-class Moments(NamedTuple):
-    """Count, means and centred second moments (summed products of deviations) of a set of samples; add by `merge`.
-
-    Axes after the leading ones (nodes, say): P = (H, W, C).
-    """
-
-    n: np.ndarray  # (...)
-    w: np.ndarray  # (..., *P) mean of the probe estimate of l
-    ww: np.ndarray  # (..., *P) its centred second moment
-    mean: np.ndarray  # (..., 3, *P) of (h, h', y)
-    second: np.ndarray  # (..., 3, 3, *P)
-
-    @classmethod
-    def zeros(cls, leading: tuple[int, ...], image: tuple[int, ...]):
-        zeros = lambda *axes: np.zeros((*leading, *axes, *image))
-        return cls(np.zeros(leading), zeros(), zeros(), zeros(3), zeros(3, 3))
-
-
-def merge(one: Moments, two: Moments) -> Moments:
-    """Moments of the union of two sets (Chan et al. 1983), in float64 on the host."""
-    one, two = (Moments(*(np.asarray(part, np.float64) for part in m)) for m in (one, two))
-    n = one.n + two.n
-    share, cross = (
-        np.divide(part, n, out=np.zeros_like(n), where=n > 0).reshape(n.shape + (1,) * (one.w.ndim - n.ndim))
-        for part in (two.n, one.n * two.n)
-    )
-    axis = n.ndim
-    apart_w, apart = two.w - one.w, two.mean - one.mean
-    products = np.expand_dims(apart, axis) * np.expand_dims(apart, axis + 1)
-    expand = lambda values, times: values.reshape(n.shape + (1,) * times + values.shape[n.ndim :])
-    return Moments(
-        n,
-        one.w + share * apart_w,
-        one.ww + two.ww + cross * apart_w**2,
-        one.mean + expand(share, 1) * apart,
-        one.second + two.second + expand(cross, 2) * products,
-    )
-
-
-def batch_moments(noise: NoiseFn, node: Nodes, x0, z, v) -> Moments:
+def batch_moments(noise: Callable, node: Nodes, x0, z, v, *condition) -> Moments:
     """The moments of one batch at one node (scalar fields), from one network evaluation and two tangents.
 
     x0, z, v: (B, H, W, C) data, standard normal noise, random signs.
+    condition: further arguments of `noise` after x and t, one row an example (the classes of a conditional model).
     """
 
-    def of_example(x, v):
+    def of_example(x, v, *condition):
         """(w, h, h', y) of one example; x, v (H, W, C)."""
-        eps, tangent = jax.linearize(lambda x, t: noise(x[None], t)[0], x, node.t)
+        rows = [row[None] for row in condition]
+        eps, tangent = jax.linearize(lambda x, t: noise(x[None], t, *rows)[0], x, node.t)
         y = x / node.alpha
         along_probe = tangent(v, jnp.zeros_like(node.t))
         along_ode = tangent((node.dlog_alpha * x - node.sigma * eps), node.dt)
@@ -113,12 +82,12 @@ def batch_moments(noise: NoiseFn, node: Nodes, x0, z, v) -> Moments:
         dh = node.sigma / node.alpha * ((node.c - 1) * eps + along_ode) - node.dc * y
         return node.sigma * along_probe * v, h, dh, y
 
-    w, *triple = jax.vmap(of_example)(node.alpha * x0 + node.sigma * z, v)
+    w, *triple = jax.vmap(of_example)(node.alpha * x0 + node.sigma * z, v, *condition)
     triple = jnp.stack(triple, axis=1)
-    mean, mean_w = triple.mean(0), w.mean(0)
+    mean = triple.mean(0)
     deviation = triple - mean[None]
     second = jnp.einsum("bi...,bj...->ij...", deviation, deviation)
-    return Moments(jnp.asarray(len(x0), w.dtype), mean_w, jnp.square(w - mean_w[None]).sum(0), mean, second)
+    return Moments(jnp.asarray(len(x0), w.dtype), w.mean(0), mean, second)
 
 
 def draws(key, index, node_index, shape, dtype=jnp.float32):
@@ -128,13 +97,16 @@ def draws(key, index, node_index, shape, dtype=jnp.float32):
     return jax.random.normal(noise_key, shape, dtype), jax.random.rademacher(sign_key, shape, dtype)
 
 
-def measure(noise: NoiseFn, node: Nodes, node_index, key, x0, index) -> Moments:
-    """The moments of a batch x0 (B, H, W, C) of examples numbered `index` (B,), at a chunk of nodes (M,): (M, ...)."""
+def measure(noise: Callable, node: Nodes, node_index, key, x0, index, *condition) -> Moments:
+    """The moments of a batch x0 (B, H, W, C) of examples numbered `index` (B,), at a chunk of nodes (M,): (M, ...).
+
+    noise: a NoiseFn, called with the rows of `condition` too if there are any.
+    """
 
     def at_node(_, inputs):
         node, i = inputs
         z, v = jax.vmap(lambda example: draws(key, example, i, x0.shape[1:], x0.dtype))(index)
-        return None, batch_moments(noise, node, x0, z, v)
+        return None, batch_moments(noise, node, x0, z, v, *condition)
 
     node = jax.tree.map(lambda values: jnp.asarray(values, x0.dtype), node)
     return jax.lax.scan(at_node, None, (node, node_index))[1]
@@ -152,27 +124,74 @@ def statistics(node: Nodes, moments: Moments, origin: dict, *, smoothing: int = 
     """l, s, b from the moments at all nodes, in float64.
 
     l' by central differences, then a moving average over `smoothing` nodes, as published; s and b the least-squares fit
-    of f' = s f + b over the samples, per pixel (Zheng et al. 2023, eq. 11). Where f does not vary at all, s = 0.
+    of f' = s f + b over the samples, per pixel (Zheng et al. 2023, eq. 11). Where f does not vary at all (a pixel that
+    is the same in all data, a linear model), any s fits: there s = 0 and b = mean f', and origin counts these places
+    as `constant_f`.
     """
-    column = lambda values: np.asarray(values).reshape(-1, 1, 1, 1)
     l = np.asarray(moments.w)
     dl = smooth(np.gradient(l, np.asarray(node.lam), axis=0), smoothing)
-    d, dd = l - column(node.c), dl - column(node.dc)
-    # f and f' as combinations of (h, h', y)
-    one, zero = np.ones_like(l), np.zeros_like(l)
-    f = np.stack([one, zero, -d], axis=1)
-    df = np.stack([d, one, d * column(node.c) - dd], axis=1)
-    dot = lambda weights: (weights * moments.mean).sum(1)
-    product = lambda a, b: np.einsum("ni...,nij...,nj...->n...", a, moments.second, b)
-    variance = product(f, f)
-    s = np.divide(product(f, df), variance, out=np.zeros_like(variance), where=variance > 0)
-    return EMS(np.asarray(node.t), np.asarray(node.lam), l, s, dot(df) - s * dot(f), origin)
+    s, b, constant = np.empty_like(l), np.empty_like(l), 0
+    for j, (c, dc) in enumerate(zip(np.asarray(node.c), np.asarray(node.dc), strict=True)):
+        d, dd = l[j] - c, dl[j] - dc
+        one, zero = np.ones_like(d), np.zeros_like(d)
+        # f and f' as combinations of (h, h', y)
+        f, df = np.stack([one, zero, -d]), np.stack([d, one, d * c - dd])
+        mean, second = moments.mean[j], moments.second[j]
+        product = lambda a, b, second=second: np.einsum("i...,ij...,j...->...", a, second, b)
+        variance = product(f, f)
+        # what float32 leaves of it where f does not vary: in the moments, and in h and y themselves
+        terms = second[0, 0] + d**2 * second[2, 2]
+        squares = second[0, 0] + c**2 * second[2, 2] + moments.n[j] * (mean[0] ** 2 + c**2 * mean[2] ** 2)
+        varies = variance > 4 * EPSILON * terms + (2 * EPSILON) ** 2 * squares
+        s[j] = np.divide(product(f, df), variance, out=np.zeros_like(variance), where=varies)
+        b[j] = (df * mean).sum(0) - s[j] * (f * mean).sum(0)
+        constant += int((~varies).sum())
+    return EMS(np.asarray(node.t), np.asarray(node.lam), l, s, b, origin | {"constant_f": constant})
+
+
+def with_errors(node: Nodes, blocks: Moments, origin: dict) -> tuple[EMS, list[EMS], list[float]]:
+    """The statistics with their standard errors, those with each block left out, and the blocks' numbers of images.
+
+    Blocks without images are dropped; one block alone has no errors and leaves nothing.
+    """
+    filled = np.flatnonzero(blocks.n[:, 0])
+    sizes = blocks.n[filled, 0].tolist()
+    whole = statistics(node, union(blocks, filled), origin)
+    if len(filled) == 1:
+        return whole, [], sizes
+    without = [statistics(node, union(blocks, filled[filled != g]), origin) for g in filled]
+    root_mean_square = lambda values: np.sqrt(np.square(values).mean((1, 2, 3)))
+    errors = [
+        root_mean_square(jackknife(getattr(whole, key), [getattr(part, key) for part in without], sizes))
+        for key in "lsb"
+    ]
+    return whole._replace(errors=np.stack(errors)), without, sizes
+
+
+# K suffices if more images would bring few-step samples nearer to the exact ODE by no more than this share.
+TOLERANCE = 0.02
+
+
+def needed(distance: float, error: float, num_data: int) -> tuple[float, int | None]:
+    """By what share the statistics' error lengthens the distance of samples to the exact ODE; and what K suffices.
+
+    distance: RMS, of samples by statistics of `num_data` images; error: their standard error from these statistics.
+    The error is independent of what separates samples from the ODE even with exact statistics, D, so that
+    distance^2 = D^2 + error^2, and error^2 goes as 1 / K. K is None where nothing is left for D.
+    """
+    exact = distance**2 - error**2
+    if not exact > 0:
+        return math.inf, None
+    excess = (1 + TOLERANCE) ** 2 - 1
+    return distance / math.sqrt(exact) - 1, math.ceil(num_data * error**2 / (excess * exact))
 
 
 def accumulate(
     measure_on_devices: Callable,
     nodes: Nodes,
-    x0: np.ndarray,
+    take: Callable,
+    images: range,
+    image_shape: tuple[int, int, int],
     *,
     batch_size: int,
     chunk: int = 11,
@@ -181,35 +200,43 @@ def accumulate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     save_every: float = 30.0,
 ) -> Moments:
-    """The moments over all images x0 (K, H, W, C), K a multiple of batch_size, at all nodes; float64 on the host.
+    """The moments over `images`, a whole number of batches, at all nodes: (BLOCKS, nodes), float64 on the host.
 
-    measure_on_devices: (chunk of nodes, their indices, images, their indices) -> Moments with a leading device axis.
+    measure_on_devices: (chunk of nodes, their indices, indices of images, *arrays of `take`) -> Moments with a leading
+        device axis.
+    take: indices of images (b,) -> arrays of b rows; called once for each batch.
+    Batches go to the blocks by turns of the images' numbers.
     partial: a file from which a stopped estimate goes on, if it was written for the same `identity` and sizes.
     progress: called with (units done, units in all); a unit is one batch at `chunk` nodes.
     """
-    n, batches = len(nodes.t), len(x0) // batch_size
+    n, batches = len(nodes.t), len(images) // batch_size
     chunks = [np.arange(i, i + chunk).clip(max=n - 1) for i in range(0, n, chunk)]  # the last node pads the last chunk
-    identity = f"{identity} {n} {len(x0)} {batch_size} {chunk}"
-    total, done = Moments.zeros((n,), x0.shape[1:]), 0
+    identity = f"{identity} {n} {images} {batch_size} {chunk} {nodes.t[-1]}"
+    total, done = Moments.zeros((BLOCKS, n), image_shape), 0
     if partial is not None and partial.exists():
         total, done = _read_partial(partial, identity) or (total, 0)
-    saved = time.monotonic()
+    saved, arrays = time.monotonic(), None
     for unit in range(done, batches * len(chunks)):
         progress(unit, batches * len(chunks))
         batch, node_index = divmod(unit, len(chunks))
+        index = np.asarray(images[batch * batch_size : (batch + 1) * batch_size])
+        if arrays is None or node_index == 0:
+            arrays = take(index)
         node_index = chunks[node_index]
-        index = np.arange(batch * batch_size, (batch + 1) * batch_size)
         node = jax.tree.map(lambda values: values[node_index], nodes)
-        measured = jax.tree.map(np.asarray, measure_on_devices(node, node_index, x0[index], index))
+        measured = jax.tree.map(np.asarray, measure_on_devices(node, node_index, index, *arrays))
         real = np.unique(node_index)
+        block = index[0] // batch_size % BLOCKS
         for device in range(len(measured.n)):
             part = jax.tree.map(lambda values: values[device, : len(real)], measured)
-            merged = merge(jax.tree.map(lambda values: values[real], total), part)
+            merged = merge(jax.tree.map(lambda values: values[block, real], total), part)
             for whole, values in zip(total, merged, strict=True):
-                whole[real] = values
+                whole[block, real] = values
         if partial is not None and time.monotonic() - saved > save_every:
+            began = time.monotonic()
             _write_partial(partial, total, unit + 1, identity)
             saved = time.monotonic()
+            save_every *= 2 if saved - began > save_every / 20 else 1  # large moments on a slow disk
     progress(batches * len(chunks), batches * len(chunks))
     if partial is not None:
         partial.unlink(missing_ok=True)

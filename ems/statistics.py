@@ -25,6 +25,7 @@ class EMS(NamedTuple):
     s: np.ndarray
     b: np.ndarray
     origin: dict  # what they were measured on: SDE, checkpoint, number of images, ...
+    errors: np.ndarray | None = None  # (3, N + 1) standard errors of l, s, b, root mean square over pixels
 
 
 def describe_sde(sde: SDE) -> dict:
@@ -34,11 +35,16 @@ def describe_sde(sde: SDE) -> dict:
 
 def check_sde(ems: EMS, sde: SDE):
     """Refuse statistics of another SDE: their nodes' lam would silently mean other times."""
-    lam = sde.lam(ems.t)
-    if not np.allclose(lam, ems.lam, rtol=1e-6, atol=1e-3):
+    theirs = ems.origin.get("sde", "an unnamed SDE")
+    if not np.allclose(sde.lam(ems.t), ems.lam, rtol=1e-6, atol=1e-3):
         raise UserError(
-            f"these EMS belong to another SDE: measured under {ems.origin.get('sde', 'an unnamed SDE')}, "
-            f"asked for {describe_sde(sde)}: measure them again (python -m ems)"
+            f"these EMS belong to another SDE: measured under {theirs}, asked for {describe_sde(sde)}: "
+            "measure them again (python -m ems)"
+        )
+    if not np.isclose(ems.t[0], sde.t_max):
+        raise UserError(
+            f"these EMS start at t={ems.t[0]:g} (measured under {theirs}), sampling starts at t={sde.t_max:g}: "
+            "measure them again (python -m ems)"
         )
 
 
@@ -48,15 +54,16 @@ def save(path, ems: EMS):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        np.savez_compressed(file, **{**ems._asdict(), "origin": json.dumps(ems.origin)})
+        fields = {name: value for name, value in ems._asdict().items() if value is not None}
+        np.savez_compressed(file, **fields | {"origin": json.dumps(ems.origin)})
     os.replace(temporary, path)
 
 
 def load(path) -> EMS:
-    """Read what `save` wrote."""
+    """Read what `save` wrote, now or before it wrote errors."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            fields = {name: file[name] for name in EMS._fields}
+            fields = {name: file[name] for name in EMS._fields if name in file or name not in EMS._field_defaults}
         origin = json.loads(str(fields.pop("origin")))
         fields = {name: np.asarray(value, np.float64) for name, value in fields.items()}
     except FileNotFoundError:
@@ -70,10 +77,48 @@ def load(path) -> EMS:
     return EMS(**fields, origin=origin)
 
 
+def load_origin(path) -> dict:
+    """The origin alone of an EMS file, without reading its arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["origin"]))
+    except Exception as error:
+        raise UserError(f"{path} is not an EMS file ({error}): delete it and measure again, python -m ems") from None
+
+
 def from_published(l, s, b, sde: SDE, *, t_start: float, t_end: float, origin: dict) -> EMS:
     """Statistics in the published layout, arrays (N + 1, C, H, W) without a grid: nodes uniform in lam."""
     lam = np.linspace(sde.lam(np.float64(t_start)), sde.lam(np.float64(t_end)), len(l))
     t = sde.t_of_lam(lam)
-    t[0], t[-1] = t_start, t_end
-    channels_last = lambda values: np.moveaxis(np.asarray(values, np.float64), 1, -1)
-    return EMS(t, lam, channels_last(l), channels_last(s), channels_last(b), origin)
+    t[[0, -1]] = t_start, t_end
+    return EMS(t, lam, *(np.moveaxis(np.asarray(value, np.float64), 1, -1) for value in (l, s, b)), origin)
+
+
+def load_published(folder, sde: SDE, image_shape: tuple[int, int, int], *, t_end: float, origin: dict) -> EMS:
+    """The statistics of a folder with the published files l.npz {l} and sb.npz {s, b}, from t_max to t_end.
+
+    image_shape: (H, W, C) of the model, which tells whether the files have the published layout.
+    """
+    folder, arrays = pathlib.Path(folder), {}
+    for name, keys in (("l.npz", "l"), ("sb.npz", "sb")):
+        try:
+            with np.load(folder / name, allow_pickle=False) as file:
+                arrays |= {key: file[key] for key in keys}
+        except Exception as error:
+            raise UserError(
+                f"{folder / name} holds no published statistics ({error}): expected l.npz with l, sb.npz with s and b"
+            ) from None
+    height, width, channels = image_shape
+    expected = (channels, height, width)
+    for key, values in arrays.items():
+        if values.ndim == 4 and values.shape[1:] == tuple(image_shape) != expected:
+            raise UserError(
+                f"{folder}: {key} is (nodes, H, W, C) = {values.shape}, published files are (nodes, C, H, W): transpose"
+            )
+        if values.ndim != 4 or values.shape[1:] != expected or values.shape != arrays["l"].shape or len(values) < 2:
+            raise UserError(
+                f"{folder}: {key} has shape {values.shape}, expected (nodes, {channels}, {height}, {width})"
+            )
+        if not np.isfinite(values).all():
+            raise UserError(f"{folder}: {key} is not finite: the file is damaged")
+    return from_published(**arrays, sde=sde, t_start=sde.t_max, t_end=t_end, origin=origin)

@@ -27,7 +27,9 @@ OUTPUTS = {
 LABELS = {
     "time": lambda sde, t, n: 999 * t,  # continuous VP and sub-VP
     "sigma": lambda sde, t, n: sde.sigma(t),  # continuous VE
+    "t": lambda sde, t, n: t,  # t itself
     "index": lambda sde, t, n: t * (n - 1),  # n discrete steps of VP; not rounded, as published
+    "node": lambda sde, t, n: t * n - 1,  # the same where the first node stands at 1 / n (DPM-Solver, Stable Diffusion)
     "lam": lambda sde, t, n: sde.lam(t),  # any SDE; smooth in what few-step solvers integrate over
     "reversed_index": lambda sde, t, n: jnp.round((1 - t) * (n - 1)),  # n discrete steps of VE, largest sigma first
 }

@@ -1,11 +1,15 @@
-"""Denoising score matching: one loss, of which the published continuous, SMLD and DDPM losses are cases.
+"""Denoising score matching: one loss, of which the published continuous, SMLD and DDPM losses are cases; and a
+classifier's cross-entropy.
 
 In terms of eps all three are | eps(x_t, t) - z |^2 with x_t = alpha_t x_0 + sigma_t z (Song et al. 2021, eq. 7; Ho et
 al. 2020, eq. 14). They differ in the SDE and in the times drawn: continuous, or the nodes of a chain.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from score_sde.denoiser import NoiseFn
 from score_sde.sde import SDE
@@ -30,3 +34,13 @@ def denoising_score_matching(
     error = jnp.square(noise(sde.perturb(x0, t, z), t) - z).reshape(len(x0), -1)
     loss = error.mean(1) if reduce_mean else 0.5 * error.sum(1)
     return loss * (sde.diffusion(t) / sde.sigma(t)) ** 2 if likelihood_weighting else loss
+
+
+def log_probability(logits: Callable, y) -> Callable:
+    """(x, t) -> log p(y | x, t) (B,), in nats, of classes y (B,); logits: (x, t) -> (B, K)."""
+    return lambda x, t: -optax.softmax_cross_entropy_with_integer_labels(logits(x, t), y)
+
+
+def cross_entropy(logits: Callable, sde: SDE, x0, t, z, y):
+    """-log p(y | x_t, t) of each image, in nats: (B,). Arguments as above, and classes y (B,)."""
+    return -log_probability(logits, y)(sde.perturb(x0, t, z), t)

@@ -70,6 +70,14 @@ class SDE(abc.ABC):
         Reverse-diffusion sampling (Song et al. 2021, eq. 46) inverts exactly this step.
         """
 
+    @abc.abstractmethod
+    def ancestral_std(self, t, n: int):
+        """Standard deviation of the noise that ancestral sampling adds when it goes back over `transition(t, n)`.
+
+        Published are G for VP (Ho et al. 2020, algorithm 2) and the posterior's sigma_before G / sigma for VE (Song et
+        al. 2021, eq. 47). UserError where no chain is published.
+        """
+
     @property
     @abc.abstractmethod
     def prior_std(self) -> float:
@@ -165,6 +173,9 @@ class VP(SDE):
         beta = (self.beta_min + i / (n - 1) * (self.beta_max - self.beta_min)) / n
         return xp.sqrt(1 - beta), xp.sqrt(beta)
 
+    def ancestral_std(self, t, n):
+        return self.transition(t, n)[1]
+
     @property
     def prior_std(self):
         return 1.0
@@ -192,6 +203,9 @@ class SubVP(SDE):
         """Euler's step of length t_max / n; no other discretization of this SDE is published."""
         dt = self.t_max / n
         return 1 + self.drift(t) * dt, self.diffusion(t) * np.sqrt(dt)
+
+    def ancestral_std(self, t, n):
+        raise UserError("sub-VP has no chain to sample ancestrally: use predictor reverse_diffusion or euler_maruyama")
 
     @property
     def prior_std(self):
@@ -223,6 +237,12 @@ class VE(SDE):
         # the difference of squares, without cancellation
         noise = self.sigma(i / (n - 1)) * xp.where(i > 0, np.sqrt(1 - ratio**2), 1.0)
         return xp.ones_like(t), noise
+
+    def ancestral_std(self, t, n):
+        xp = numpy_of(t)
+        first = t / self.t_max * (n - 1) < 1
+        ratio = (self.sigma_min / self.sigma_max) ** (1 / (n - 1))
+        return self.transition(t, n)[1] * xp.where(first, 0.0, ratio)
 
     @property
     def prior_std(self):
@@ -277,6 +297,9 @@ class DiscreteVP(SDE):
         beta = xp.asarray(self._betas().astype(t.dtype))[i]
         return xp.sqrt(1 - beta), xp.sqrt(beta)
 
+    def ancestral_std(self, t, n):
+        return self.transition(t, n)[1]
+
     @property
     def prior_std(self):
         return 1.0
@@ -305,6 +328,9 @@ class CosineVP(SDE):
     def transition(self, t, n):
         return self.exact_transition(t, n)
 
+    def ancestral_std(self, t, n):
+        return self.transition(t, n)[1]
+
     @property
     def prior_std(self):
         return 1.0
@@ -328,6 +354,10 @@ class EDM(SDE):
 
     def transition(self, t, n):
         return self.exact_transition(t, n)
+
+    def ancestral_std(self, t, n):
+        before = numpy_of(t).maximum(t - self.t_max / n, 0.0)
+        return before * self.transition(t, n)[1] / t
 
     @property
     def prior_std(self):

@@ -70,6 +70,15 @@ def draw(key, index, shape, times: Callable) -> Draws:
     return jax.vmap(of_example)(index)
 
 
+def drop_labels(keys, y, *, rate: float, null: int):
+    """Class labels y (B,), each replaced by `null` with probability `rate`, drawn from its example's key (B,).
+
+    So that one network learns the conditional and the unconditional model (Ho & Salimans 2022, algorithm 1).
+    """
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 0), rate))(keys)
+    return jnp.where(dropped, jnp.asarray(null, y.dtype), y)
+
+
 def make_loss(
     noise_of: Callable,
     sde: SDE,
@@ -80,6 +89,8 @@ def make_loss(
     t_min: float,
     likelihood_weighting: bool,
     reduce_mean: bool,
+    label_dropout: float = 0.0,
+    null_label: int = 0,
 ) -> Callable:
     """(params, batch, key, train) -> loss of each example (B,).
 
@@ -87,6 +98,7 @@ def make_loss(
     preprocess: (key, uint8 image) -> float image in the model's data range.
     batch: {"image": (B, H, W, C) uint8, "index": (B,) place in the global batch}, and "label" (B,) if there are any.
     continuous: times in (t_min, t_max); else among the num_scales nodes of the chain.
+    label_dropout: probability that training hides an example's label, as null_label.
     """
 
     def times(key):
@@ -95,10 +107,28 @@ def make_loss(
     def loss(params, batch, key, train: bool):
         draws = draw(key, batch["index"], batch["image"].shape[1:], times)
         x0 = jax.vmap(preprocess)(draws.data, batch["image"])
-        noise = noise_of(params, batch.get("label"), draws.dropout if train else None)
+        y = batch.get("label")
+        if train and label_dropout:
+            y = drop_labels(draws.dropout, y, rate=label_dropout, null=null_label)
+        noise = noise_of(params, y, draws.dropout if train else None)
         return losses.denoising_score_matching(
             noise, sde, x0, draws.t, draws.z, likelihood_weighting=likelihood_weighting, reduce_mean=reduce_mean
         )
+
+    return loss
+
+
+def make_classifier_loss(logits_of: Callable, sde: SDE, preprocess: Callable, *, t_min: float) -> Callable:
+    """(params, batch, key, train) -> cross-entropy of each example (B,) at times uniform in (t_min, t_max).
+
+    logits_of: params -> (x, t) -> (B, K). batch: as for `make_loss`, with "label".
+    """
+
+    def loss(params, batch, key, train: bool):
+        times = lambda key: losses.draw_time(key, (), t_min=t_min, t_max=sde.t_max)
+        draws = draw(key, batch["index"], batch["image"].shape[1:], times)
+        x0 = jax.vmap(preprocess)(draws.data, batch["image"])
+        return losses.cross_entropy(logits_of(params), sde, x0, draws.t, draws.z, batch["label"])
 
     return loss
 

@@ -28,11 +28,52 @@ ORDERS = (1, 2, 3)
 CORRECTOR = {"on": lambda t: True, "off": lambda t: False, "half": lambda t: t > 0.5}
 
 
-def published_options(steps: int) -> dict:
-    """What the paper found best for unconditional pixel-space models (its Appendix E and published scripts)."""
-    if steps <= 5:
-        return dict(order=min(3, steps), pseudo=True, corrector="on", lower_order_final=False)
-    return dict(order=3, pseudo=False, corrector="on" if steps != 10 else "off", lower_order_final=True)
+def _options(order, pseudo, corrector, corrector_pseudo, lower_order_final, grid) -> dict:
+    return dict(
+        order=order,
+        pseudo=pseudo,
+        corrector=corrector,
+        corrector_pseudo=corrector_pseudo,
+        lower_order_final=lower_order_final,
+        grid=grid,
+    )
+
+
+# What was found best, by kind of model and, up to so many evaluations, by their number: the published sampling scripts.
+PUBLISHED = {
+    "pixel": {  # ScoreSDE, VP
+        5: _options(3, True, "on", False, False, "logsnr"),
+        8: _options(3, False, "on", False, True, "logsnr"),
+        10: _options(3, False, "off", False, True, "logsnr"),
+        math.inf: _options(3, False, "on", False, True, "logsnr"),
+    },
+    "exploding": {  # EDM, alpha = 1
+        5: _options(3, True, "on", False, True, "logsnr"),
+        6: _options(3, False, "on", False, True, "logsnr"),
+        math.inf: _options(3, False, "off", False, True, "logsnr"),
+    },
+    "latent": {math.inf: _options(3, False, "on", True, True, "time")},  # LSUN
+    "guided": {math.inf: _options(2, False, "on", True, True, "time")},  # Stable Diffusion, scale below 5
+    "strongly guided": {math.inf: _options(2, False, "off", True, True, "time")},
+}
+
+
+def published_options(steps: int, sde: SDE, *, latent: bool = False, guidance_scale: float | None = None) -> dict:
+    """What was found best for this number of evaluations and kind of model, as options of `dpm_solver_v3`.
+
+    t_end: the SDE's t_min; for pixels under a variance-preserving SDE, a tenth of it above 10 evaluations (published:
+        1e-3 and 1e-4).
+    guidance_scale: 1 or None is a model without guidance.
+    """
+    if guidance_scale not in (None, 1):
+        kind = "guided" if guidance_scale < 5 else "strongly guided"
+    elif latent:
+        kind = "latent"
+    else:
+        kind = "pixel" if sde.prior_std == 1 else "exploding"
+    options = next(options for most, options in PUBLISHED[kind].items() if steps <= most)
+    t_end = sde.t_min / 10 if kind == "pixel" and steps > 10 else sde.t_min
+    return options | dict(order=min(options["order"], steps), t_end=t_end)
 
 
 def dpm_solver_v3(
@@ -46,18 +87,22 @@ def dpm_solver_v3(
     corrector_pseudo: bool = False,
     lower_order_final: bool = True,
     degenerate: bool = False,
-    grid: str = "logsnr",
+    grid: str | Sequence = "logsnr",
+    t_end: float | None = None,
+    snap: bool = False,
     indices: Sequence[int] | None = None,
 ) -> Tableau:
     """The tableau of DPM-Solver-v3 in `steps` evaluations.
 
-    ems: the model's statistics; their nodes carry the time range, and steps are taken between nodes.
+    ems: the model's statistics; sampling starts at their first node.
     order: 1 to 3; pseudo: derivatives by nested divided differences instead of a Vandermonde solve (sec. 3.4).
     corrector: "on", "off", or "half" for t > 0.5 alone; of the order of the step it corrects, + 1 and by divided
         differences with `corrector_pseudo`. It costs no evaluation; the last step has none.
     lower_order_final: drop to order 2, then 1, over the last steps.
     degenerate: l = 1, s = b = 0 in place of the measured statistics: DPM-Solver++ with this corrector (sec. 3.3).
-    grid: a key of grids.GRIDS; indices: the (steps + 1) nodes themselves, instead of a grid's nearest.
+    grid: a key of grids.GRIDS, or the times; t_end: where sampling ends, at the last node by default.
+    snap: move the times to the nearest nodes, as the published code does; otherwise the statistics are interpolated in
+        lam. indices: the (steps + 1) nodes themselves, instead of a grid.
     """
     if order not in ORDERS:
         raise UserError(f"DPM-Solver-v3 of order {order}: use 1, 2 or 3")
@@ -70,8 +115,17 @@ def dpm_solver_v3(
     check_sde(ems, sde)
     if degenerate:
         ems = ems._replace(l=np.ones_like(ems.l), s=np.zeros_like(ems.s), b=np.zeros_like(ems.b))
+    reach = ems.t[-1] if t_end is None else t_end
+    if reach < ems.t[-1] * (1 - 1e-9):
+        raise UserError(
+            f"sampling down to t={reach:g}, but these EMS end at t={ems.t[-1]:g}: "
+            f"measure them further, python -m ems --t_end={reach:g}, or leave the end time out"
+        )
     if indices is None:
-        indices = nearest_nodes(ems, sde.lam(grids.times(grid, sde, steps, t_start=ems.t[0], t_end=ems.t[-1])))
+        t = grids.times(grid, sde, steps, t_start=ems.t[0], t_end=max(reach, ems.t[-1]))
+        if not snap:
+            ems = with_nodes_at(ems, t, sde.lam(t))
+        indices = nearest_nodes(ems, sde.lam(t))
     nodes = np.asarray(indices, int)
     if len(nodes) != steps + 1 or (np.diff(nodes) <= 0).any():
         raise UserError(
@@ -103,6 +157,21 @@ def _set_row(row, first: int, now: int, used: Sequence[int], coefficients):
 def nearest_nodes(ems: EMS, lam) -> np.ndarray:
     """Indices of the nodes nearest to each lam."""
     return np.abs(ems.lam[None, :] - lam[:, None]).argmin(1)
+
+
+def with_nodes_at(ems: EMS, t: np.ndarray, lam: np.ndarray) -> EMS:
+    """The same statistics with nodes at the falling times t too, l, s and b being linear in lam between nodes.
+
+    A time that is a node, up to rounding, adds none, so that a grid of nodes gives the figures of `snap`.
+    """
+    near = np.abs(ems.lam[nearest_nodes(ems, lam)] - lam) < 1e-9 * np.ptp(ems.lam)
+    new = ~near & (ems.lam[0] < lam) & (lam < ems.lam[-1])  # the ends may differ by the rounding of a file
+    t, lam = t[new], lam[new]
+    after = np.searchsorted(ems.lam, lam)
+    share = ((lam - ems.lam[after - 1]) / (ems.lam[after] - ems.lam[after - 1])).reshape(-1, 1, 1, 1)
+    between = lambda values: np.insert(values, after, (1 - share) * values[after - 1] + share * values[after], axis=0)
+    statistics = {name: between(getattr(ems, name)) for name in ("l", "s", "b")}
+    return ems._replace(t=np.insert(ems.t, after, t), lam=np.insert(ems.lam, after, lam), **statistics)
 
 
 class _Update:

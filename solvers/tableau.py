@@ -1,4 +1,4 @@
-"""Every deterministic few-step solver is a table of coefficients; this is the one loop that runs them all.
+"""Every few-step solver is a table of coefficients; this is the one loop that runs them all.
 
 At evaluation i the network is called once, at (x_i, t_i), and enters through
 
@@ -8,12 +8,15 @@ where l, per node and pixel, is the parameterization: 0 is noise prediction, 1 i
 DPM-Solver-v3 (Zheng et al. 2023, eq. 5). Every solver then does, with its own numbers,
 
     base_i  = correct[i, 0] base_(i-1) + correct[i, 1] x_i + sum_k correct[i, 2 + k] f_(i-k) + correct[i, -1]
-    x_(i+1) = predict[i, 0] base_i                         + sum_k predict[i, 1 + k] f_(i-k) + predict[i, -1].
+    x_(i+1) = predict[i, 0] base_i                         + sum_k predict[i, 1 + k] f_(i-k) + predict[i, -1],
+
+and a stochastic solver adds noise[i] z_i, z_i ~ N(0, I), to x_(i+1).
 
 `base` is the state on the solution path; x is the point the network is asked at. Without a corrector base_i = x_i;
 inside a singlestep solver's step base_i = base_(i-1). A corrector changes base and leaves f as it is.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde.denoiser import NoiseFn
+from score_sde.sde import SDE
 
 
 class Tableau(NamedTuple):
@@ -35,6 +39,7 @@ class Tableau(NamedTuple):
     l: np.ndarray  # (n, *P)
     correct: np.ndarray  # (n, K + 3, *P): of base, x, f_i, ..., f_(i-K+1), 1
     predict: np.ndarray  # (n, K + 2, *P): of base, f_i, ..., f_(i-K+1), 1
+    noise: np.ndarray | None = None  # (n, *P): of z_i; None if deterministic
 
     @property
     def history(self) -> int:
@@ -52,6 +57,58 @@ def empty(sde, times, history: int, l) -> Tableau:
     return Tableau(t, sde.alpha(t), sde.sigma(t), l, correct, np.zeros((len(t), history + 2, *l.shape[1:])))
 
 
+class Integrator(NamedTuple):
+    """Fills the tableau of a solver that integrates du = m drho, which is the ODE without approximation:
+
+    u = x / alpha, rho = sigma / alpha, m = eps    in noise prediction (Lu et al. 2022, arXiv 2206.00927, eq. 3.4),
+    u = x / sigma, rho = alpha / sigma, m = x0     in data prediction (arXiv 2211.01095, eq. 8).
+    """
+
+    tableau: Tableau
+    scale: np.ndarray  # (n + 1,) alpha or sigma: x = scale u
+    rho: np.ndarray  # (n + 1,)
+    m_of_f: np.ndarray  # (n,)
+
+    @classmethod
+    def of(cls, sde: SDE, times, history: int, *, data_prediction: bool):
+        """times: (n + 1,) float64, of the n evaluations in their order, then the end."""
+        times = np.asarray(times, np.float64)
+        alpha, sigma = sde.alpha(times), sde.sigma(times)
+        tableau = empty(sde, times, history, np.full((len(times) - 1, 1, 1, 1), float(data_prediction)))
+        if data_prediction:
+            return cls(tableau, sigma, alpha / sigma, -np.ones(len(times) - 1))
+        return cls(tableau, alpha, sigma / alpha, (alpha / sigma)[:-1])
+
+    def _fill(self, row, first: int, start: int, end: int, now: int, weights: Sequence[float]):
+        weights = np.asarray(weights)
+        row[:] = 0.0
+        row[0] = self.scale[end] / self.scale[start]
+        m_of_f = self.m_of_f[now - np.arange(len(weights))]
+        row[first : first + len(weights)] = (self.scale[end] * weights * m_of_f)[:, None, None, None]
+
+    def predict(self, i: int, start: int, weights: Sequence[float]):
+        """After evaluation i: u_(i+1) = u_start + sum_k weights[k] m_(i-k), u_start being the present base."""
+        self._fill(self.tableau.predict[i], 1, start, i + 1, i, weights)
+
+    def correct(self, i: int, start: int, weights: Sequence[float]):
+        """After evaluation i, before its predictor: u_i = u_start + sum_k weights[k] m_(i-k)."""
+        self._fill(self.tableau.correct[i], 2, start, i, i, weights)
+
+    def keep_base(self, i: int):
+        """Evaluation i is asked at an auxiliary point: the base stays."""
+        self.tableau.correct[i] = 0.0
+        self.tableau.correct[i, 0] = 1.0
+
+
+def denoised(tableau: Tableau, sde: SDE, t_end: float) -> Tableau:
+    """The solver that ends at t_end, followed by one evaluation there, whose x0 is the sample."""
+    last = empty(sde, np.array([t_end, t_end]), tableau.history, np.ones((1, *tableau.l.shape[1:])))
+    last.predict[0, 1] = -1.0
+    if tableau.noise is not None:
+        last = last._replace(noise=np.zeros_like(tableau.noise[:1]))
+    return jax.tree.map(lambda rows, row: np.concatenate([rows, row]), tableau, last)
+
+
 def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
     """The same solver with its history padded by zeros and its coefficients spread over images of `shape` (H, W, C).
 
@@ -61,26 +118,34 @@ def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
     pad = lambda table: np.concatenate([table[:, :-1], padding, table[:, -1:]], axis=1)
     spread = lambda table: np.broadcast_to(table, table.shape[: table.ndim - 3] + tuple(shape))
     return tableau._replace(
-        l=spread(tableau.l), correct=spread(pad(tableau.correct)), predict=spread(pad(tableau.predict))
+        l=spread(tableau.l),
+        correct=spread(pad(tableau.correct)),
+        predict=spread(pad(tableau.predict)),
+        noise=None if tableau.noise is None else spread(tableau.noise),
     )
 
 
-def solve(noise: NoiseFn, tableau: Tableau, x):
+def solve(noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None):
     """Integrate from x (B, H, W, C) at the tableau's first time to its end: (B, H, W, C) after len(t) evaluations.
 
+    draw: i -> (B, H, W, C), the i-th standard normal draw; a tableau without noise makes none.
     Pure and jittable, with the tableau as an argument: another solver of the same shape does not recompile.
     """
     tableau = jax.tree.map(lambda table: jnp.asarray(table, x.dtype), tableau)
     combine = lambda weights, values: sum(w[None] * v for w, v in zip(weights, values, strict=True))
 
-    def step(carry, node):
+    def step(carry, row):
         base, x, past = carry
+        i, node = row
         f = (node.sigma * noise(x, node.t) - node.l[None] * x) / node.alpha
         past = (f, *past[:-1])
         one = jnp.ones((1, 1, 1, 1), x.dtype)
         base = combine(node.correct, (base, x, *past, one))
-        return (base, combine(node.predict, (base, *past, one)), past), None
+        x = combine(node.predict, (base, *past, one))
+        if node.noise is not None:
+            x = x + node.noise[None] * draw(i)
+        return (base, x, past), None
 
     past = (jnp.zeros_like(x),) * tableau.history
-    (_, x, _), _ = jax.lax.scan(step, (x, x, past), tableau)
+    (_, x, _), _ = jax.lax.scan(step, (x, x, past), (jnp.arange(len(tableau.t)), tableau))
     return x

@@ -1,10 +1,14 @@
 """Predictor-corrector sampling: equal to the published runs, draw by draw, and right in distribution."""
 
+import importlib
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import experiment
 from score_sde import sde as sde_lib
 from score_sde.denoiser import score_fn
 from score_sde.errors import UserError
@@ -12,7 +16,8 @@ from solvers import predictor_corrector as pc
 from tests import reference
 from tests.mixture import Mixture
 
-PREDICTORS = {"em": "euler_maruyama", "rd": "reverse_diffusion", "none": "none"}
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PREDICTORS = {"em": "euler_maruyama", "rd": "reverse_diffusion", "as": "ancestral_sampling", "none": "none"}
 CORRECTORS = {"langevin": "langevin", "ald": "ald", "none": "none"}
 
 
@@ -24,19 +29,13 @@ def sde_of(info):
     return {"VPSDE": sde_lib.VP, "subVPSDE": sde_lib.SubVP}[kind](beta_min=args[0], beta_max=args[1]), args[2]
 
 
-def known(info):
-    return (
-        info.get("predictor", "rd") in PREDICTORS and info.get("corrector", "langevin") in CORRECTORS and "sde" in info
-    )
-
-
 def close(ours, theirs, tolerance):
     theirs = reference.nhwc(theirs)
     np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
 
 
 @reference.needs_reference
-@pytest.mark.parametrize("case", [c for c, d in reference.cases("D_updates").items() if known(d)])
+@pytest.mark.parametrize("case", reference.cases("D_updates"))
 def test_published_updates(case):
     info, stored = reference.cases("D_updates")[case], reference.arrays("D_updates")
     sde, n = sde_of(info)
@@ -50,13 +49,13 @@ def test_published_updates(case):
     else:
         update = pc.Update(x, x)
         for z in draws:
-            update = pc.CORRECTORS[info["corrector"]](sde, score, update.x, t, z, n=n, snr=info["snr"])
+            update = pc.CORRECTORS[CORRECTORS[info["corrector"]]](sde, score, update.x, t, z, n=n, snr=info["snr"])
     close(update.x, stored[f"{case}/x_new"], 1e-5)
     close(update.mean, stored[f"{case}/x_mean"], 1e-5)
 
 
 @reference.needs_reference
-@pytest.mark.parametrize("case", [c for c, d in reference.cases("D_pc").items() if known(d) and "net" not in c])
+@pytest.mark.parametrize("case", [c for c in reference.cases("D_pc") if not c.startswith("net")])
 def test_published_runs(case, x64):
     """In float64, to what the stored float32 runs are good for: their sigma_i^2 - sigma_(i-1)^2 of VE loses 4e-5."""
     info, stored = reference.cases("D_pc")[case], reference.arrays("D_pc")
@@ -105,19 +104,89 @@ def test_samples_have_the_mean_and_variance_of_the_data(sde, corrector):
     np.testing.assert_allclose(out.std(), 0.5, atol=0.03)
 
 
-def test_evaluations_are_counted_exactly():
-    calls = []
-    sde = sde_lib.VP()
-    noise = lambda x, t: (jax.debug.callback(calls.append, jnp.zeros(())), x)[1]
-    options = dict(predictor="reverse_diffusion", corrector="langevin", corrector_steps=2)
+@pytest.mark.parametrize("corrector", pc.CORRECTORS)
+@pytest.mark.parametrize("predictor", pc.PREDICTORS)
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_evaluations_and_draws_are_counted_exactly(predictor, corrector, conditioned):
+    calls, draws = [], []
+    counted = lambda into, value, result: (jax.debug.callback(lambda v: into.append(int(v)), value), result)[1]
     x = jnp.ones((2, 4, 4, 1))
-    draw = pc.noise_of_keys(jax.random.split(jax.random.key(0), 2), x.shape[1:])
-    jax.block_until_ready(pc.sample(noise, sde, x, draw, n=25, **options))
+    options = dict(predictor=predictor, corrector=corrector, corrector_steps=2)
+    jax.block_until_ready(
+        pc.sample(
+            lambda x, t: counted(calls, 0, x),
+            sde_lib.VP(),
+            x,
+            lambda i: counted(draws, i, x),
+            n=25,
+            condition=(lambda update, score, x, t, z: update(score, x + 0 * z)) if conditioned else None,
+            **options,
+        )
+    )
     jax.effects_barrier()
-    assert len(calls) == pc.evaluations(25, **options) == 75
-    assert pc.evaluations(25, predictor="none", corrector="langevin", corrector_steps=1) == 25
+    assert len(calls) == pc.evaluations(25, **options) == 25 * ((predictor != "none") + 2 * (corrector != "none"))
+    assert sorted(draws) == list(range(len(calls) + 50 * conditioned))  # each draw once, none left out
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match=r"'euler'.*reverse_diffusion"):
-        pc.sample(lambda x, t: x, sde_lib.VP(), jnp.ones((1, 2, 2, 1)), lambda i: 0, n=5, predictor="euler")
+def test_ancestral_noise_is_the_posteriors_of_ve_and_the_transitions_of_vp():
+    """VE: sigma_(i-1) sqrt(sigma_i^2 - sigma_(i-1)^2) / sigma_i, none in the last step; VP: sqrt(beta_i)."""
+    n = 200
+    for sde, spacing in ((sde_lib.VE(), 1 / (n - 1)), (sde_lib.EDM(), 80 / n)):
+        t = spacing * (np.arange(1, n) + 1e-9)
+        now, before = sde.sigma(t), sde.sigma(t - spacing)
+        expected = before * np.sqrt(now**2 - before**2) / now
+        np.testing.assert_allclose(sde.ancestral_std(t, n), expected, rtol=1e-6, atol=1e-6 * now[0])
+        assert sde.ancestral_std(np.array([1e-5]), n) == 0
+    for sde in (sde_lib.VP(), sde_lib.CosineVP(), sde_lib.DiscreteVP(n=n)):
+        t = np.array([0.2, 0.7])
+        np.testing.assert_array_equal(sde.ancestral_std(t, n), sde.transition(t, n)[1])
+
+
+def test_a_chunk_of_steps_is_a_part_of_the_run():
+    """Steps from the host, by one compiled function for chunks of any length, come to the bits of the whole run."""
+    sde, shape = sde_lib.VE(), (4, 4, 1)
+    keys = jax.random.split(jax.random.key(0), 3)
+    draw, noise = pc.noise_of_keys(keys, shape), lambda x, t: x / jnp.sqrt(1 + sde.sigma(t) ** 2)
+    x = 50 * jax.random.normal(jax.random.key(1), (3, *shape))
+    whole = jax.jit(lambda x: pc.sample(noise, sde, x, draw, n=20))(x)
+    step = pc.stepper(noise, sde, draw, n=20)
+    chunk = jax.jit(lambda start, stop, update: jax.lax.fori_loop(start, stop, step, update))
+    update = pc.Update(x, x)
+    for start, stop in ((0, 7), (7, 14), (14, 20)):
+        update = chunk(start, stop, update)
+    assert chunk._cache_size() == 1
+    np.testing.assert_allclose(update.mean, whole, rtol=1e-6)
+
+
+REFUSED = {
+    "unknown predictor": (sde_lib.VP(), dict(predictor="euler"), r"'euler'.*reverse_diffusion"),
+    "unknown corrector": (sde_lib.VP(), dict(corrector="mala"), r"'mala'.*langevin"),
+    "ancestral ODE": (sde_lib.VP(), dict(predictor="ancestral_sampling", probability_flow=True), "no probability flow"),
+    "ancestral sub-VP": (sde_lib.SubVP(), dict(predictor="ancestral_sampling"), "sub-VP has no chain"),
+    "few steps": (sde_lib.VP(), dict(n=20), "beta_max"),
+    "another chain": (sde_lib.DiscreteVP(), dict(n=100), "1000 steps"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_has_no_meaning_is_refused_in_one_line(mistake):
+    sde, options, words = REFUSED[mistake]
+    x = jnp.ones((1, 2, 2, 1))
+    with pytest.raises(UserError, match=words) as error:
+        pc.sample(lambda x, t: x, sde, x, lambda i: x, **(dict(n=25) | options))
+    assert "\n" not in str(error.value)
+
+
+OFFICIAL = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*v[ep]/**/*.py") if path.stem[0] != "_")
+
+
+@pytest.mark.parametrize("path", OFFICIAL, ids=str)
+def test_every_official_config_samples_as_it_says(path):
+    """Its predictor and corrector exist for its SDE and number of steps."""
+    config = importlib.import_module(".".join(path.with_suffix("").parts)).get_config()
+    sde, fields = experiment.construct(sde_lib.SDES, config.sde, "SDE"), config.sampling
+    options = {k: fields[k] for k in ("predictor", "corrector", "corrector_steps", "snr", "probability_flow")}
+    x = jnp.zeros((2, 4, 4, 3))
+    step = pc.stepper(lambda x, t: 0.5 * x, sde, lambda i: x, n=fields.pc_steps, **options)
+    update = jax.jit(lambda x: step(fields.pc_steps - 1, step(0, pc.Update(x, x))))(x + 1.0)
+    assert jnp.isfinite(update.mean).all()

@@ -150,7 +150,7 @@ def test_ems_and_evaluation(run):
     ok(program("evaluate", f"--workdir={run}"))
     report = json.loads((run / "eval" / "report.json").read_text())
     assert report["loss"]["images"] == 297
-    assert set(report["convergence"]["rms"]) == {"DDIM", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "DPM-Solver-v3"}
+    assert set(report["convergence"]["rms"]) >= {"DDIM", "DPM-Solver++ 2M", "UniPC bh2", "DPM-Solver-v3"}
     assert "| DPM-Solver-v3 |" in (run / "eval" / "report.md").read_text()
     assert (run / "eval" / "convergence.png").stat().st_size > 0
 

@@ -21,6 +21,7 @@ from configs import base, models
 from score_sde import checkpoint, training
 from score_sde.errors import UserError
 from score_sde.importers import foreign, from_flax, from_torch, to_torch
+from score_sde.models.classifier import CLASSIFIERS
 
 CONFIG = experiments.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write, or with --export to read.")
@@ -79,6 +80,8 @@ def fitting_configs(convert: Callable, params: dict) -> list[str]:
         if module in (base, models):
             continue
         config = module.get_config()
+        if config.model.name in CLASSIFIERS:
+            continue
         network = (str(config.model), config.data.image_size, config.data.num_channels, config.denoiser.num_scales)
         if network not in verdicts:
             experiment = experiments.build(config)

@@ -1,19 +1,22 @@
 """Reads checkpoint files of the official PyTorch and JAX code without running anything that they contain.
 
-A PyTorch file is a zip archive of raw arrays and of a pickle, a program that builds the objects around them. Python's
-own unpickler calls whatever functions the program names; the interpreter here calls none. It knows the two that
-checkpoints need, as data, and fails at the first other one. The archive's members may not be compressed, and no array
-is larger than the bytes that the file holds for it, so memory is in proportion to the file's size.
+A PyTorch file is a zip archive (before PyTorch 1.6 a plain sequence) of raw arrays and of a pickle, a program that
+builds the objects around them. Python's own unpickler calls whatever functions the program names; the interpreter here
+calls none. It knows the two that checkpoints need, as data, and fails at the first other one. The archive's members may
+not be compressed, and no array is larger than the bytes that the file holds for it, so memory is in proportion to the
+file's size.
 
 A JAX file is msgpack, which has no programs; its limits are set here for the same reason.
 """
 
+import io
 import math
 import os
 import pathlib
 import pickletools
 import struct
 import zipfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgpack
@@ -48,14 +51,14 @@ def read_checkpoint(path: str | os.PathLike) -> Foreign:
             start = file.read(2)
         if start.startswith(b"PK"):
             return _torch_checkpoint(path)
+        if start == _SEQUENCE_START[:2]:
+            return _torch_sequence(path)
         if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # the codes of msgpack's maps
             return _flax_checkpoint(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or _one_line(error)}") from None
     except _Malformed as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from None
-    if start[:1] == b"\x80":
-        raise UserError(f"{path} is a bare pickle, as PyTorch wrote before 1.6: save it again with a newer PyTorch")
     raise UserError(f"{path} is neither a PyTorch checkpoint (a zip archive) nor a Flax checkpoint (a msgpack map)")
 
 
@@ -111,9 +114,51 @@ def _torch_checkpoint(path: pathlib.Path) -> Foreign:
             arrays = _Arrays(archive, path.stat().st_size)
             if arrays.member("byteorder", b"little") != b"little":
                 raise _Malformed("it was written on a big-endian machine")
-            return _parts(_unpickled(arrays.member("data.pkl")), arrays)
+            return _parts(_unpickled(io.BytesIO(arrays.member("data.pkl"))), lambda key: arrays.member(f"data/{key}"))
     except (zipfile.BadZipFile, struct.error, EOFError, OverflowError, RuntimeError, ValueError) as error:
         raise _Malformed(f"its archive is damaged ({_one_line(error)})") from None
+
+
+_SEQUENCE_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of PyTorch's magic number
+
+
+def _torch_sequence(path: pathlib.Path) -> Foreign:
+    """The format before PyTorch 1.6: pickles of a magic number, the version 1001, the machine, the objects, and the
+    keys of the arrays; then for each key the count of its numbers (int64) and the numbers."""
+    content = memoryview(path.read_bytes())
+    if content[: len(_SEQUENCE_START)] != _SEQUENCE_START:
+        raise _Malformed("it is a pickle, but not by PyTorch")
+    pickles = io.BytesIO(content[:_LARGEST_PICKLE])
+    _, version, machine, saved, keys = (_unpickled(pickles) for _ in range(5))
+    if version != 1001 or _expect(machine, dict).get("little_endian") is not True:
+        raise _Malformed("it is of another version, or written on a big-endian machine")
+    sizes = _storage_sizes(saved)
+    data, position = {}, pickles.tell()
+    for key in _expect(keys, list):
+        if _expect(key, str) not in sizes:
+            raise _Malformed("it stores numbers that belong to no tensor")
+        end = position + 8 + sizes[key]
+        data[key], position = content[position + 8 : end], end
+    # each is handed out once, so that no more is built than the file is long
+    return _parts(saved, lambda key: data.pop(key, b""))
+
+
+def _storage_sizes(saved: Any) -> dict[str, int]:
+    """Bytes of each storage, by key, that tensors in nested dicts and lists refer to."""
+    sizes, seen, left = {}, set(), [saved]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        match value:
+            case _Tensor(storage=storage):
+                sizes[storage.key] = storage.size * storage.dtype.itemsize
+            case dict():
+                left += value.values()
+            case list():
+                left += value
+    return sizes
 
 
 class _Arrays:
@@ -137,20 +182,21 @@ class _Arrays:
             raise _Malformed("its archive claims to hold more than it is long")
         return self._archive.read(member)
 
-    def array(self, name: str, tensor: Any) -> np.ndarray:
-        """The numbers of the tensor, which the checkpoint calls `name`."""
-        if not isinstance(tensor, _Tensor):
-            raise _Malformed(f"{name} is no tensor")
-        storage, offset, shape, strides = tensor
-        size = math.prod(shape)
-        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else offset
-        if last >= storage.size + (size == 0) or size > storage.size:
-            raise _Malformed(f"{name} reaches beyond the numbers stored for it")
-        data = self.member(f"data/{storage.key}")
-        if len(data) != storage.size * storage.dtype.itemsize:
-            raise _Malformed(f"{name} should have {storage.size} numbers, but {len(data)} bytes are stored for it")
-        flat = np.frombuffer(data, storage.dtype)[offset:]
-        return np.lib.stride_tricks.as_strided(flat, shape, [stride * flat.itemsize for stride in strides]).copy()
+
+def _array(name: str, tensor: Any, data_of: Callable[[str], bytes]) -> np.ndarray:
+    """The numbers of the tensor, which the checkpoint calls `name`."""
+    if not isinstance(tensor, _Tensor):
+        raise _Malformed(f"{name} is no tensor")
+    storage, offset, shape, strides = tensor
+    size = math.prod(shape)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else offset
+    if last >= storage.size + (size == 0) or size > storage.size:
+        raise _Malformed(f"{name} reaches beyond the numbers stored for it")
+    data = data_of(storage.key)
+    if len(data) != storage.size * storage.dtype.itemsize:
+        raise _Malformed(f"{name} should have {storage.size} numbers, but {len(data)} bytes are stored for it")
+    flat = np.frombuffer(data, storage.dtype)[offset:]
+    return np.lib.stride_tricks.as_strided(flat, shape, [stride * flat.itemsize for stride in strides]).copy()
 
 
 _CONSTANTS = {
@@ -168,10 +214,11 @@ _LITERALS = (
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _unpickled(program: bytes) -> Any:
-    """What the pickle builds, of None, bool, int, float, str, tuple, list, dict and _Tensor."""
-    if len(program) > _LARGEST_PICKLE:
-        raise _Malformed(f"its data.pkl has {len(program)} bytes, more than any checkpoint's")
+def _unpickled(program: io.BytesIO) -> Any:
+    """What the next pickle builds, of None, bool, int, float, str, tuple, list, dict and _Tensor."""
+    size = len(program.getbuffer())
+    if size > _LARGEST_PICKLE:
+        raise _Malformed(f"its data.pkl has {size} bytes, more than any checkpoint's")
     stack, marks, memo = [], [], {}
 
     def since_mark() -> list:
@@ -248,7 +295,9 @@ def _known(module: Any, name: Any) -> _Global:
 
 def _storage(identifier: Any) -> _Storage:
     match identifier:
-        case ("storage", _Global() as kind, str() as key, str(), int() as size) if kind in _DTYPES and size >= 0:
+        case ("storage", _Global() as kind, str() as key, str(), int() as size, *view) if (
+            kind in _DTYPES and size >= 0 and view in ([], [None])
+        ):
             return _Storage(_DTYPES[kind], key, size)
     raise _Malformed("its pickle refers to data in an unknown way")
 
@@ -265,10 +314,10 @@ def _applied(function: Any, arguments: Any) -> Any:
     raise _Malformed("its pickle makes a call that no checkpoint needs")
 
 
-def _parts(saved: Any, arrays: _Arrays) -> Foreign:
+def _parts(saved: Any, data_of: Callable[[str], bytes]) -> Foreign:
     """The official structure, {model: state_dict, ema: {shadow_params: list}, step: int}, or a state_dict alone."""
     state = _expect(_expect(saved, dict).get("model", saved), dict)
-    model = {_expect(name, str): arrays.array(name, tensor) for name, tensor in state.items()}
+    model = {_expect(name, str): _array(name, tensor, data_of) for name, tensor in state.items()}
     if state is saved or "ema" not in saved:
         return Foreign("torch", model, None, None)
     step = _expect(saved.get("step"), int, type(None))
@@ -283,7 +332,7 @@ def _parts(saved: Any, arrays: _Arrays) -> Foreign:
         raise _Malformed(f"it has averages of {len(shadow)} parameters, but {len(trained)} trainable parameters")
     averages = {}
     for name, tensor in zip(trained, shadow, strict=True):
-        averages[name] = arrays.array(f"the average of {name}", tensor)
+        averages[name] = _array(f"the average of {name}", tensor, data_of)
         if averages[name].shape != model[name].shape:
             raise _Malformed(f"the average of {name} has shape {averages[name].shape} instead of {model[name].shape}")
     return Foreign("torch", model, model | averages, step)

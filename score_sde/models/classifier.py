@@ -6,7 +6,7 @@ names are those of the official JAX code, so that its checkpoints load by identi
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,50 @@ from score_sde.models.layers import (
     require_multiple,
 )
 from score_sde.models.resample import downsample_2d
+from score_sde.sde import SDE, per_image
+
+
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+    """Convolution of images (B, H, W, C) with a kernel (h, w, C, D); zeros outside, ceil(H / stride) rows remain."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=layout)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: Array, kernel: Array, stride: int) -> Array:
+    """`_convolve`, with the gradient to x written as a convolution with the flipped kernel.
+
+    XLA on CPU takes a slow path for its own form of that gradient inside the loops of samplers. No forward-mode
+    derivatives.
+    """
+    return _convolve(x, kernel, stride)
+
+
+def _convolve_forward(x, kernel, stride):
+    return _convolve(x, kernel, stride), (x, kernel)
+
+
+def _convolve_backward(stride, saved, gradient):
+    x, kernel = saved
+    _, of_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, stride), kernel)
+    padding = []
+    for size, rows, width in zip(x.shape[1:3], gradient.shape[1:3], kernel.shape[:2], strict=True):
+        spread = (rows - 1) * stride + 1
+        before = width - 1 - max(spread - 1 + width - size, 0) // 2
+        padding.append((before, size + width - 1 - spread - before))
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    of_x = jax.lax.conv_general_dilated(
+        gradient,
+        flipped,
+        (1, 1),
+        padding,
+        lhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return of_x, of_kernel(gradient)[0]
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _norm_relu(name: str, dtype: DTypeLike):
@@ -30,9 +74,18 @@ def _norm_relu(name: str, dtype: DTypeLike):
     return lambda h: nn.relu(GroupNorm(dtype, epsilon=1e-5, name=name)(h))
 
 
-def _conv3x3(features: int, dtype: DTypeLike, name: str, stride: int = 1) -> nn.Conv:
-    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015
-    return nn.Conv(features, (3, 3), stride, use_bias=False, kernel_init=init, name=name, dtype=dtype)
+class Conv3x3(nn.Module):
+    """(B, H, W, C) -> (B, H / stride, W / stride, features), without a bias."""
+
+    features: int
+    dtype: DTypeLike
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features), jnp.float32)
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
 
 
 class WideResnetBlock(nn.Module):
@@ -50,10 +103,10 @@ class WideResnetBlock(nn.Module):
     def __call__(self, x: Array, embedding: Array) -> Array:
         h = _norm_relu("init_bn", self.dtype)(x)
         shortcut = h if self.activate_first else x
-        h = _conv3x3(self.features, self.dtype, "conv1", self.stride)(h)
+        h = Conv3x3(self.features, self.dtype, self.stride, name="conv1")(h)
         h = h + nn.Dense(self.features, dtype=self.dtype)(nn.swish(embedding))[:, None, None, :]
         h = _norm_relu("bn_2", self.dtype)(h)
-        h = _conv3x3(self.features, self.dtype, "conv2")(h)
+        h = Conv3x3(self.features, self.dtype, name="conv2")(h)
         if self.stride == 2:
             shortcut = downsample_2d(shortcut)
         new_channels = self.features - shortcut.shape[-1]
@@ -81,11 +134,12 @@ class WideResnetGroup(nn.Module):
 class WideResnet(nn.Module):
     """Logits of the class of a noisy image; the defaults are the published WRN-28-10 for CIFAR-10.
 
-    `classifier(x, sigma)`: x (B, H, W, C) = data in [0, 1] + sigma z, H and W multiples of 4; sigma (B,), as of the VE
-    SDE; the result (B, num_outputs) has the type of x. The published classifier saw only such images: those of another
-    SDE must be brought to x / alpha and sigma / alpha, with data in [0, 1], first.
+    `classifier(x, sigma)`: x (B, H, W, C) = data + sigma z, H and W multiples of 4; sigma (B,), as of the VE SDE; the
+    result (B, num_outputs) has the type of x. `logits_fn` brings the images of other SDEs to that form.
 
-    mean, std: of the pixels of each channel of the data.
+    mean, std: of the pixels of each channel of the data, in the data range. The published ones are of [0, 1].
+    fourier_scale: how fast the embedding of log sigma varies. The published 16 tells noise levels apart that differ by
+        a hundredth, but a network trained for minutes is rough in them.
     """
 
     blocks_per_group: int = 4
@@ -93,6 +147,7 @@ class WideResnet(nn.Module):
     num_outputs: int = 10
     mean: Sequence[float] = (0.49139968, 0.48215841, 0.44653091)
     std: Sequence[float] = (0.24703223, 0.24348513, 0.26158784)
+    fourier_scale: float = 16.0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -103,12 +158,12 @@ class WideResnet(nn.Module):
     def __call__(self, x: Array, sigma: Array) -> Array:
         require_multiple(x, 4)
         dtype = jnp.dtype(self.dtype)
-        features = GaussianFourierProjection(128, 16.0)(jnp.log(sigma))
+        features = GaussianFourierProjection(128, self.fourier_scale)(jnp.log(sigma))
         dense = functools.partial(nn.Dense, 512, dtype=dtype)
         embedding = dense()(features)
         embedding = dense()(nn.swish(embedding))
 
-        h = _conv3x3(16, dtype, "init_conv")(self._standardized(x.astype(at_least_float32(dtype))).astype(dtype))
+        h = Conv3x3(16, dtype, name="init_conv")(self._standardized(x.astype(at_least_float32(dtype))))
         for group, (width, stride) in enumerate(((16, 1), (32, 2), (64, 2))):
             width = width * self.channel_multiplier
             h = WideResnetGroup(self.blocks_per_group, width, stride, group == 0, dtype)(h, embedding)
@@ -126,3 +181,21 @@ class WideResnet(nn.Module):
         x = (x - mean) / std
         variance = x.var((1, 2, 3), keepdims=True)
         return (x - x.mean((1, 2, 3), keepdims=True)) * jax.lax.rsqrt(jnp.maximum(variance, 1 / math.prod(x.shape[1:])))
+
+
+# Config name -> network; each is called as (x, sigma) and gives logits.
+CLASSIFIERS = {"wide_resnet": WideResnet}
+
+
+def logits_fn(network: Callable, sde: SDE) -> Callable:
+    """(x (B, H, W, C), t () or (B,)) -> logits (B, K) of a network told (x, sigma) of data + sigma z.
+
+    For any SDE: x_t / alpha is data + (sigma / alpha) z.
+    """
+
+    def logits(x, t):
+        t = jnp.broadcast_to(t, x.shape[:1])
+        alpha = sde.alpha(t)
+        return network(x / per_image(alpha, x), sde.sigma(t) / alpha)
+
+    return logits

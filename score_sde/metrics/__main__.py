@@ -1,0 +1,137 @@
+"""Train a local feature network, a ResNet-20 classifier, on a labelled data set.
+
+    python -m score_sde.metrics --dataset=cifar10 --name=cifar10 --image_size=32 --num_channels=3 --epochs=60
+
+Random flips, and shifts by up to a sixteenth of the image; AdamW, learning rate up and down in one cycle. Writes
+score_sde/metrics/weights/resnet20_<name>.npz, half-precision weights with their test accuracy and how they were made.
+State is kept in runs/resnet20_<name>/state.npz every 100 steps; the same command continues a run that was stopped.
+"""
+
+import io
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from tqdm import tqdm
+
+import experiment as experiments
+from score_sde import VERSION, data
+from score_sde.errors import UserError
+from score_sde.metrics import resnet
+
+DATASET = flags.DEFINE_string("dataset", None, "As config.data.dataset.", required=True)
+NAME = flags.DEFINE_string("name", None, "The network will be called resnet20-<name>.", required=True)
+IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side of the images.", required=True)
+NUM_CHANNELS = flags.DEFINE_integer("num_channels", None, "1 or 3.", required=True)
+EPOCHS = flags.DEFINE_integer("epochs", None, "Times through the training images.", required=True, lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "The largest of the cycle.")
+FOLDER = flags.DEFINE_string("folder", str(resnet.WEIGHTS), "Where to write resnet20_<name>.npz.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, order and augmentation.")
+
+
+def main():
+    load = lambda split: data.load(DATASET.value, split, image_size=IMAGE_SIZE.value, num_channels=NUM_CHANNELS.value)
+    images, held_out = load("train"), load("test")
+    everything = images.take(np.arange(images.size))
+    if "label" not in everything:
+        raise UserError(f"{images.name} has no labels to learn: give a labelled data set")
+    stream = data.Stream(images, batch_size=BATCH_SIZE.value, seed=SEED.value)
+    num_steps = EPOCHS.value * images.size // BATCH_SIZE.value
+    image_shape = (IMAGE_SIZE.value, IMAGE_SIZE.value, NUM_CHANNELS.value)
+    network = resnet.ResNet20(int(everything["label"].max()) + 1)
+    optimizer = optax.adamw(optax.cosine_onecycle_schedule(num_steps, LEARNING_RATE.value), weight_decay=0.02)
+
+    @jax.jit
+    def train_step(step, params, optimizer_state, image, label):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(SEED.value), step), len(image))
+        x = jax.vmap(augment)(keys, image)
+
+        def loss(params):
+            _, logits = network.apply({"params": params}, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        return optax.apply_updates(params, updates), optimizer_state, value
+
+    params = network.init(jax.random.key(SEED.value), jnp.zeros((1, *image_shape)))["params"]
+    state, start = (params, optimizer.init(params)), 0
+    identity = (
+        f"{images.name} {images.size} {image_shape} {num_steps} {BATCH_SIZE.value} {LEARNING_RATE.value} {SEED.value}"
+    )
+    kept = pathlib.Path("runs") / f"resnet20_{NAME.value}" / "state.npz"
+    if kept.exists():
+        with np.load(kept, allow_pickle=False) as file:
+            if str(file["identity"]) != identity:
+                raise UserError(f"{kept} belongs to another training ({file['identity']}): remove it or change --name")
+            start = int(file["step"])
+            leaves = [jnp.asarray(file[f"leaf{i}"]) for i in range(len(jax.tree.leaves(state)))]
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        print(f"continuing at step {start} of {num_steps}")
+
+    began = time.monotonic()
+    with tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=5.0) as bar:
+        for step, batch in stream.batches(start):
+            if step == num_steps:
+                break
+            *state, value = train_step(step, *state, batch["image"], batch["label"])
+            bar.update()
+            if (step + 1) % 100 == 0:
+                bar.set_postfix_str(f"loss {float(value):.3f}")
+                leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tuple(state)))}
+                buffer = io.BytesIO()
+                np.savez(buffer, identity=identity, step=step + 1, **leaves)
+                experiments.write_atomically(kept, buffer.getvalue())
+    minutes = (time.monotonic() - began) / 60
+
+    provenance = dict(
+        network="ResNet-20, group normalization",
+        data=pathlib.Path(DATASET.value).stem,
+        num_train=images.size,
+        num_test=held_out.size,
+        image_shape=image_shape,
+        num_classes=network.num_classes,
+        epochs=EPOCHS.value,
+        steps=num_steps,
+        minutes_since_resumed=round(minutes, 1),
+        command=" ".join(["python -m score_sde.metrics", *sys.argv[1:]]),
+        versions=dict(score_sde=VERSION, jax=jax.__version__),
+    )
+    path = pathlib.Path(FOLDER.value) / f"resnet20_{NAME.value}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), state[0])  # as it will be used
+    provenance["test_accuracy"] = round(accuracy(network, half, held_out), 4)
+    resnet.save(path, half, provenance)
+    print(json.dumps(provenance, indent=2))
+    print(f"resnet20-{NAME.value}: test accuracy {100 * provenance['test_accuracy']:.2f} %, wrote {path}")
+
+
+def augment(key, image):
+    """A uint8 image (H, W, C), flipped at random and shifted over a black border, as float32 levels."""
+    flip_key, shift_key = jax.random.split(key)
+    image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    most = image.shape[0] // 16
+    top, left = jax.random.randint(shift_key, (2,), 0, 2 * most + 1)
+    padded = jnp.pad(image, ((most, most), (most, most), (0, 0)))
+    return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape).astype(jnp.float32)
+
+
+def accuracy(network, params, images: data.Images) -> float:
+    """Share of images classified rightly."""
+    predict = jax.jit(lambda x: network.apply({"params": params}, x)[1].argmax(-1))
+    right = 0
+    for start in range(0, images.size, 500):
+        batch = images.take(np.arange(start, min(start + 500, images.size)))
+        right += int((np.asarray(predict(batch["image"].astype(np.float32))) == batch["label"]).sum())
+    return right / images.size
+
+
+if __name__ == "__main__":
+    experiments.run(main)

@@ -1,0 +1,87 @@
+"""A small feature network that can be trained here, for work without the weights of the Inception network.
+
+ResNet-20 (He et al., "Deep Residual Learning", CVPR 2016, section 4.2) with group normalization in place of batch
+normalization, so that it has no state, and with 1x1 convolutions where a shortcut changes shape. Distances in its
+features compare models of one data set with each other; they are not FIDs. Trained by `python -m score_sde.metrics`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from score_sde.errors import UserError
+
+WEIGHTS = pathlib.Path(__file__).parent / "weights"
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Conv(self.channels, (3, 3), self.stride, use_bias=False)(x)
+        h = nn.relu(nn.GroupNorm(8)(h))
+        h = nn.Conv(self.channels, (3, 3), use_bias=False)(h)
+        h = nn.GroupNorm(8)(h)
+        if self.stride > 1:
+            x = nn.Conv(self.channels, (1, 1), self.stride, use_bias=False)(x)
+        return nn.relu(x + h)
+
+
+class ResNet20(nn.Module):
+    """Levels 0..255 as float32 (B, H, W, C) -> features (B, 64), the mean over pixels; logits (B, num_classes)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Conv(16, (3, 3), use_bias=False)((x - 127.5) / 127.5)
+        h = nn.relu(nn.GroupNorm(8)(h))
+        for channels in (16, 32, 64):
+            for i in range(3):
+                h = Block(channels, 2 if channels > 16 and i == 0 else 1)(h)
+        features = h.mean((1, 2))
+        return features, nn.Dense(self.num_classes)(features)
+
+
+def save(path: str | os.PathLike, params: dict, provenance: dict) -> None:
+    """Parameters in half precision and a JSON `provenance` (with image_shape and num_classes), as one .npz."""
+    arrays = {
+        name: np.asarray(array, np.float16) for name, array in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, provenance=json.dumps(provenance), **arrays)
+    pathlib.Path(path).write_bytes(buffer.getvalue())
+
+
+def load(path: str | os.PathLike) -> tuple[dict, dict, str]:
+    """(float32 parameters, provenance, SHA-256 of the file) of a file by `save`; UserError if it is none."""
+    try:
+        content = pathlib.Path(path).read_bytes()
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        provenance = json.loads(str(arrays.pop("provenance")))
+        shapes = _shapes(tuple(provenance["image_shape"]), provenance["num_classes"])
+    except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
+        raise UserError(f"{path} holds no weights of a ResNet-20: {' '.join(str(error).split())[:100]}") from None
+    if {name: array.shape for name, array in arrays.items()} != shapes:
+        raise UserError(f"{path} holds no weights of a ResNet-20: its arrays have other names or shapes")
+    params = traverse_util.unflatten_dict({k: v.astype(np.float32) for k, v in arrays.items()}, sep="/")
+    return params, provenance, hashlib.sha256(content).hexdigest()
+
+
+def _shapes(image_shape: tuple[int, int, int], num_classes: int) -> dict[str, tuple[int, ...]]:
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    params = jax.eval_shape(ResNet20(num_classes).init, jax.random.key(0), images)["params"]
+    return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
