@@ -1,4 +1,4 @@
-"""The published way to the likelihood against ours, in one run and at equal accuracy, factor by factor.
+"""The published way to the likelihood against ours, at equal accuracy: evaluations, their cost, and the host.
 
     python -m benchmarks.likelihood [--workdir=runs/digits] [--batch_size=16] [--tolerance=1e-5] [--repeats=3]
 

@@ -4,8 +4,8 @@ Divided by r = sqrt(alpha^2 + sigma^2), x keeps the size of the data; let u = x 
 
     alpha : sigma = cos^2(w) : sin^2(w)
 
-grows from nearly 0 (data) to nearly pi / 2 (prior). With h = sqrt(cos^4(w) + sin^4(w)), the ODE of every SDE (Song et al.
-2021, eq. 13) is
+grows from nearly 0 (data) to nearly pi / 2 (prior). With h = sqrt(cos^4(w) + sin^4(w)), the ODE of every SDE (Song et
+al. 2021, eq. 13) is
 
     du / dw = (2 tan(w) / h) (eps - sin^2(w) / h u).
 
@@ -145,9 +145,9 @@ def check(run: Run, x, index):
     bad = ~np.isfinite(x).all((1, 2, 3))
     if run.finished.all() and not bad.any():
         return
-    problem = f"sample {index[bad.argmax()]} is not finite" if bad.any() else "no step is small enough"
+    problem = f"sample {index[bad.argmax()]} is not finite" if bad.any() else "the end is not reached"
     raise UserError(
-        f"{problem} after step {run.steps[0]} of the ODE, at t = {run.t[0]:.3g}: "
+        f"{problem} after {run.steps[0]} steps of the ODE, at t = {run.t[0]:.3g}: "
         "try larger rtol and atol, or another checkpoint"
     )
 
