@@ -8,6 +8,7 @@ Errors are of bits/dim, RMS over images with the same probes, against a solution
 """
 
 import functools
+import itertools
 import statistics
 import time
 
@@ -25,7 +26,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Test images.", lower_bound=2)
 TOLERANCE = flags.DEFINE_float("tolerance", 1e-5, "rtol and atol of the published scheme.", lower_bound=1e-6)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Calls timed of each.", lower_bound=1)
-LADDER = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)  # tolerances tried for ours
+LADDER = (2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)  # tolerances tried for ours
 FINE = 1e-8  # of the solution in float64
 
 
@@ -59,7 +60,8 @@ def main():
     published = Published(noise_of, sde, model.params, x, probe[0])
     logp, calls = published.solve(TOLERANCE.value, t_min)
     error = error_of(logp)
-    tolerance = next((k for k in LADDER if error_of(ours(model.params, x, probe, k)[0]) <= error), LADDER[-1])
+    good = itertools.takewhile(lambda k: error_of(ours(model.params, x, probe, k)[0]) <= error, LADDER)
+    tolerance = max(good, default=LADDER[0])
     our_logp, our_calls = ours(model.params, x, probe, tolerance)
     total = seconds(lambda: published.solve(TOLERANCE.value, t_min))
     our_total = seconds(lambda: ours(model.params, x, probe, tolerance))
