@@ -24,7 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 import experiment as experiments
-from score_sde import VERSION, data, figures, parallel
+from score_sde import VERSION, data, figures, files, parallel
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, inception
 from solvers import probability_flow, tableau
@@ -84,26 +84,32 @@ def main():
         report[name], lines = metrics[name](model, folder)
         print("\n".join(["", *lines]))
         text += [*lines, ""]
-    experiments.write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    experiments.write_atomically(folder / "report.md", "\n".join(text))
+    files.write(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    files.write(folder / "report.md", "\n".join(text))
     print(f"\nwrote {folder}/report.json and report.md")
+
+
+def test_batches(experiment, images, n: int):
+    """(index, batch) of the first n of test images, sharded over devices; the last batch is filled up."""
+    devices = jax.device_count()
+    batch_size = -(-min(experiment.config.eval.batch_size, n) // devices) * devices
+    for start in range(0, n, batch_size):
+        index = np.arange(start, start + batch_size)
+        yield index, parallel.shard(images.take(index.clip(max=n - 1)) | {"index": index})
 
 
 def held_out_loss(model, folder) -> tuple[dict, list[str]]:
     """The training loss on test images with the averaged parameters: mean and standard error over images."""
     experiment, fields = model.experiment, model.experiment.config.eval
     images = experiment.images("test")
-    batch_size = min(fields.batch_size, images.size // jax.device_count() * jax.device_count())
-    parallel.batch_per_device(batch_size)
+    parallel.batch_per_device(min(fields.batch_size, images.size // jax.device_count() * jax.device_count()))
     loss = experiment.loss()
     key = jax.random.key(SEED.value)
     on_devices = parallel.pmap(lambda params, batch: loss(params, batch, key, False))
     params, values = parallel.replicate(model.params), []
     n = min(fields.num_data, images.size)
-    for start in range(0, n, batch_size):
-        index = np.arange(start, start + batch_size)
-        batch = images.take(index.clip(max=n - 1)) | {"index": index}  # the last batch is filled up, and cut below
-        values.append(parallel.gather(on_devices(params, parallel.shard(batch))))
+    for _, batch in test_batches(experiment, images, n):
+        values.append(parallel.gather(on_devices(params, batch)))
     values = np.concatenate(values)[:n].astype(np.float64)
     mean, error = values.mean(), values.std(ddof=1) / np.sqrt(n)
     return dict(mean=mean, standard_error=error, images=n), [f"Test loss {mean:.5f} +- {error:.5f} ({n} images)"]
@@ -113,21 +119,12 @@ def convergence(model, folder) -> tuple[dict, list[str]]:
     """RMS distance to the fine solution for each solver of STUDY and number of evaluations."""
     experiment, fields = model.experiment, model.experiment.config.eval
     n = -(-fields.num_samples // jax.device_count()) * jax.device_count()
-    noise = jax.jit(lambda index: experiments.prior(experiment, experiments.sample_keys(SEED.value, index)))
-    x = parallel.shard(np.asarray(noise(np.arange(n))))
-    on_devices = parallel.pmap(
-        lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x), in_axes=(0, None, 0)
-    )
-    params = parallel.replicate(model.params)
-
-    def solve(table):
-        table = jax.tree.map(np.float32, tableau.uniform(table, 4, experiment.image_shape))
-        return parallel.gather(on_devices(params, table, x))
+    sample = experiments.sampler(model, lambda params, *_: experiment.noise_of(params), SEED.value)
+    solve = lambda table: sample(tableau.uniform(table, 4, experiment.image_shape), np.arange(n))
 
     fine, coarser = (
         solve(dpm_solver_pp(experiment.sde, k, order=2)) for k in (fields.fine_steps, fields.fine_steps // 2)
     )
-    rms = lambda difference: float(np.sqrt(np.square(difference.astype(np.float64)).mean()))
     ems = experiments.ems_of(model, EMS.value)
     steps = list(fields.steps)
     distances = {name: [] for name in STUDY}
@@ -135,10 +132,10 @@ def convergence(model, folder) -> tuple[dict, list[str]]:
     for k in tqdm(steps, desc="convergence", dynamic_ncols=True):
         for name, (solver, options) in STUDY.items():
             table = experiments.build_tableau(model, solver, k, ems, **options)
-            distances[name].append(rms(solve(table[0]) - fine))
+            distances[name].append(experiments.rms(solve(table[0]) - fine))
     seconds = time.perf_counter() - seconds
     # halving the step of a second-order solver quarters its error
-    uncertainty = rms(fine - coarser) / 3
+    uncertainty = experiments.rms(fine - coarser) / 3
     title = f"{model.name}, {n} noises"
     folder.mkdir(parents=True, exist_ok=True)
     figures.save_convergence(folder / "convergence.png", steps, distances, title)
@@ -159,27 +156,17 @@ def convergence(model, folder) -> tuple[dict, list[str]]:
 # ------------------------------------------------------------------------------------------------ likelihood
 
 
-def test_batches(experiment, n: int):
-    """(index, images) of the first n test images, sharded over devices; the last batch is filled up."""
-    images = experiment.images("test")
-    devices = jax.device_count()
-    batch_size = -(-min(experiment.config.eval.batch_size, n) // devices) * devices
-    for start in range(0, n, batch_size):
-        index = np.arange(start, start + batch_size)
-        yield index, parallel.shard(images.take(index.clip(max=n - 1)) | {"index": index})
-
-
 def bits_per_dim(model, folder) -> tuple[dict, list[str]]:
     """Bits/dim of uniformly dequantized test images: an upper bound, in the mean, on those of their levels."""
     experiment, fields = model.experiment, model.experiment.config.eval.likelihood
     centered, shape = experiment.config.data.centered, experiment.image_shape
     if fields.probe not in probability_flow.PROBES:
         raise UserError(f"unknown probe {fields.probe!r}: use one of {', '.join(probability_flow.PROBES)}")
-    n = min(fields.num_data, experiment.images("test").size)
+    images = experiment.images("test")
+    n = min(fields.num_data, images.size)
 
     def one_device(params, batch, repeat):
-        keys = experiments.sample_keys(SEED.value, batch["index"])
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, repeat))(keys)
+        keys = experiments.sample_keys(SEED.value, batch["index"], repeat)
         dequantize = functools.partial(
             data.preprocess, random_flip=False, uniform_dequantization=True, centered=centered
         )
@@ -200,7 +187,7 @@ def bits_per_dim(model, folder) -> tuple[dict, list[str]]:
     params, values, evaluations = parallel.replicate(model.params), [], []
     for repeat in tqdm(range(fields.repeats), desc="bits/dim", dynamic_ncols=True):
         row = []
-        for index, batch in test_batches(experiment, n):
+        for index, batch in test_batches(experiment, images, n):
             bpd, run = parallel.gather(on_devices(params, batch, repeat))
             probability_flow.check(run, bpd[:, None, None, None], index)
             row.append(bpd)
@@ -228,20 +215,20 @@ def bits_per_dim(model, folder) -> tuple[dict, list[str]]:
 def encoding(model, folder) -> tuple[dict, list[str]]:
     """How far test images come back from their latents."""
     experiment, fields = model.experiment, model.experiment.config.eval
-    sde, n = experiment.sde, min(fields.num_samples, experiment.images("test").size)
+    sde, images = experiment.sde, experiment.images("test")
+    n = min(fields.num_samples, images.size)
     tolerances = dict(rtol=fields.likelihood.rtol, atol=fields.likelihood.atol)
 
     def one_device(params, batch):
         noise = experiment.noise_of(params, batch.get("label"))
-        preprocess = lambda key, image: experiment.preprocess(key, image, flip=False)
-        x = jax.vmap(preprocess)(experiments.sample_keys(SEED.value, batch["index"]), batch["image"])
+        x = experiment.as_seen(experiments.sample_keys(SEED.value, batch["index"]), batch["image"])
         z, there = probability_flow.solve(noise, sde, x, t_start=sde.t_min, t_end=sde.t_max, **tolerances)
         back, run = probability_flow.solve(noise, sde, z, **tolerances)
         return back, back - x, there, run
 
     on_devices, params = parallel.pmap(one_device), parallel.replicate(model.params)
     errors, evaluations = [], []
-    for index, batch in test_batches(experiment, n):
+    for index, batch in test_batches(experiment, images, n):
         back, error, *runs = parallel.gather(on_devices(params, batch))
         for run in runs:
             probability_flow.check(run, back, index)
@@ -266,24 +253,17 @@ def sample_quality(model, folder) -> tuple[dict, list[str]]:
     network = feature_network(experiment.config)
     solver, steps = SOLVER.value or fields.solver, STEPS.value or fields.steps
     table, options = experiments.build_tableau(model, solver, steps, None)
-    table = jax.tree.map(np.float32, table)
     devices = jax.local_device_count()
     batch_size = -(-fields.batch_size // devices) * devices
-
-    def one_device(params, table, index):
-        x = experiments.prior(experiment, experiments.sample_keys(SEED.value, index))
-        return tableau.solve(experiment.noise_of(params, experiment.classes(index)), table, x)
-
-    on_devices = parallel.pmap(one_device, in_axes=(0, None, 0))
-    params = parallel.replicate(model.params)
+    sample = experiments.sampler(model, experiment.noise_of, SEED.value)
 
     def images_of(start, stop):
-        x = parallel.gather(on_devices(params, table, parallel.shard(np.arange(start, start + batch_size))))
+        x = sample(table, np.arange(start, start + batch_size))
         if not np.isfinite(x).all():
             raise UserError(f"samples {start} to {stop} are not all finite: try another solver or more steps")
         return experiment.to_uint8(x)[: stop - start]
 
-    arrays = [hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
+    arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
     identity = features.fingerprint(model.identity, solver, arrays, SEED.value, network.identity())
     batches = folder / f"step{model.step}-{solver}-{steps}-seed{SEED.value}-{identity}"
     found = features.measure(
@@ -313,7 +293,7 @@ def images_and_data():
         print("\n".join(["", *lines]))
         path = experiments.RUNS / "evaluated" / f"{pathlib.Path(SAMPLES.value).stem}-{network.distance}.json"
         record = result | dict(samples=SAMPLES.value, command=" ".join(sys.argv))
-        experiments.write_atomically(path, json.dumps(record, indent=2) + "\n")
+        files.write(path, json.dumps(record, indent=2) + "\n")
         print(f"\nwrote {path}")
 
 

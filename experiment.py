@@ -27,12 +27,12 @@ from tqdm import tqdm
 from configs import base
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
-from score_sde import VERSION, checkpoint, data, denoiser, figures, guidance, models, parallel, training
+from score_sde import VERSION, checkpoint, data, denoiser, figures, files, guidance, models, parallel, training
 from score_sde.denoiser import NoiseFn
 from score_sde.errors import UserError
 from score_sde.models.classifier import CLASSIFIERS, logits_fn
 from score_sde.sde import SDE, SDES
-from solvers import SOLVERS, tableau
+from solvers import SOLVERS, predictor_corrector, tableau
 from solvers.dpm_solver import dpm_solver_pp
 from solvers.dpm_solver_v3 import published_options
 from solvers.tableau import Tableau
@@ -194,6 +194,10 @@ class Experiment(NamedTuple):
             centered=fields.centered,
         )
 
+    def as_seen(self, keys, images):
+        """uint8 images (B, H, W, C) as the model sees them, unflipped; keys (B,) of their dequantization."""
+        return jax.vmap(lambda key, image: self.preprocess(key, image, flip=False))(keys, images)
+
     def images(self, split: str) -> data.Images:
         fields = self.config.data
         images = data.load(
@@ -302,15 +306,6 @@ def build_classifier(config: ConfigDict, sde: SDE) -> Experiment:
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-def write_atomically(path, content: bytes | str):
-    """Replace a file whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict):
     """Make `workdir` the folder of this config; refuse one that holds another experiment."""
     known = workdir / "config.json"
@@ -325,7 +320,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict):
                 )
     elif workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no config.json: choose another --workdir")
-    write_atomically(known, json.dumps(config.to_dict(), indent=2) + "\n")
+    files.write(known, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def _plain(value):
@@ -353,10 +348,10 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 def newest_run() -> pathlib.Path:
     """The run folder under runs/ of a model of images, not a classifier, whose checkpoints changed last."""
     found = [path.parent for path in RUNS.glob("*/checkpoints") if (path.parent / "config.json").is_file()]
-    found = [run for run in found if read_config(run).model.name not in CLASSIFIERS]
-    if not found:
-        raise UserError(f"no run in {RUNS}/: train one first, python train.py --config=configs/digits.py")
-    return max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    for run in sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
+        if read_config(run).model.name not in CLASSIFIERS:
+            return run
+    raise UserError(f"no run in {RUNS}/: train one first, python train.py --config=configs/digits.py")
 
 
 class Model(NamedTuple):
@@ -487,14 +482,11 @@ def training_images(experiment: Experiment) -> Source:
     except UserError as error:
         raise UserError(f"{error}; without the images, python -m ems --data=samples measures on own samples") from None
     order = data.permutation(0, 0, images.size)
-    key = jax.random.key(0)
-    preprocess = jax.jit(
-        jax.vmap(lambda i, image: experiment.preprocess(jax.random.fold_in(key, i), image, flip=False))
-    )
+    preprocess = jax.jit(experiment.as_seen)
 
     def take(index):
         batch = images.take(order[index])
-        x0 = np.asarray(preprocess(index, batch["image"]))
+        x0 = np.asarray(preprocess(sample_keys(0, index), batch["image"]))
         return (x0, batch["label"]) if experiment.num_classes else (x0,)
 
     return Source(experiment.config.data.dataset, images.size, take)
@@ -520,7 +512,7 @@ def latents(experiment: Experiment, path: str) -> Source:
 def own_samples(model: Model, noise_of: Callable, seed: int) -> Source:
     """Samples of the model itself, each a function of its index and the seed."""
     experiment = model.experiment
-    table = jax.tree.map(np.float32, dpm_solver_pp(experiment.sde, OWN_STEPS, order=2))
+    table = dpm_solver_pp(experiment.sde, OWN_STEPS, order=2)
     sample = sampler(model, noise_of, seed, purpose=2)
 
     def take(index):
@@ -528,19 +520,6 @@ def own_samples(model: Model, noise_of: Callable, seed: int) -> Source:
         return (x0, np.asarray(experiment.classes(index))) if experiment.num_classes else (x0,)
 
     return Source(OWN_SAMPLES, np.inf, take)
-
-
-def sampler(model: Model, noise_of: Callable, seed: int, *, purpose: int) -> Callable:
-    """(table, indices (b,)) -> samples (b, H, W, C), from noise that no other `purpose` sees."""
-    experiment = model.experiment
-
-    def one_device(params, table, index):
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, purpose))(sample_keys(seed, index))
-        classes = (experiment.classes(index),) if experiment.num_classes else ()
-        return tableau.solve(noise_of(params, *classes), table, prior(experiment, keys))
-
-    on_devices, params = parallel.pmap(one_device, in_axes=(0, None, 0)), parallel.replicate(model.params)
-    return lambda table, index: parallel.gather(on_devices(params, table, parallel.shard(index)))
 
 
 def noise_of_ems(experiment: Experiment, guidance_scale: float | None) -> Callable:
@@ -700,8 +679,7 @@ def print_errors(model: Model, ems: EMS, without: list[EMS], sizes: list[float],
     fine = dpm_solver_pp(model.experiment.sde, FINE_STEPS, order=2, t_end=t_end)
     index = np.arange(-(-JUDGED_SAMPLES // jax.device_count()) * jax.device_count())
     sample = sampler(model, noise_of, 0, purpose=3)
-    exact, whole, *parts = (sample(jax.tree.map(np.float32, table), index) for table in (fine, *tables))
-    rms = lambda difference: float(np.sqrt(np.square(difference.astype(np.float64)).mean()))
+    exact, whole, *parts = (sample(table, index) for table in (fine, *tables))
     distance, error = rms(whole - exact), rms(moments.jackknife(whole, parts, sizes))
 
     num_data = ems.origin["num_data"]
@@ -778,15 +756,56 @@ def ems_of(model: Model, path: str | None = None, guidance_scale: float | None =
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def sample_keys(seed: int, index):
-    """The key of each sample (B,): a function of the seed and the sample's index alone."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+def sample_keys(seed: int, index, purpose: int | None = None):
+    """The key of each sample (B,): a function of the seed and the sample's index, and of what else it is drawn for."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+    return keys if purpose is None else jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
 
 
 def prior(experiment: Experiment, keys):
     """Draws of the prior (B, H, W, C), one for each key."""
     normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), experiment.image_shape))
     return experiment.sde.prior_std * normal(keys)
+
+
+def draws(experiment: Experiment, keys) -> Callable:
+    """i -> the i-th standard normal draw (B, H, W, C) after the prior's, one for each key."""
+    later = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    return predictor_corrector.noise_of_keys(later, experiment.image_shape)
+
+
+def sampler(model: Model, noise_of: Callable, seed: int, *, purpose: int | None = None) -> Callable:
+    """(table, indices (b,)) -> samples (b, H, W, C) over all devices, from the draws for this purpose.
+
+    noise_of: (params, *classes by turns (b,), if the network has any) -> NoiseFn.
+    """
+    experiment = model.experiment
+
+    def one_device(params, table, index):
+        classes = (experiment.classes(index),) if experiment.num_classes else ()
+        keys = sample_keys(seed, index, purpose)
+        return tableau.solve(noise_of(params, *classes), table, prior(experiment, keys), draws(experiment, keys))
+
+    on_devices, params = parallel.pmap(one_device, in_axes=(0, None, 0)), parallel.replicate(model.params)
+    return lambda table, index: parallel.gather(
+        on_devices(params, jax.tree.map(np.float32, table), parallel.shard(index))
+    )
+
+
+def rms(difference) -> float:
+    """Root mean square over all entries."""
+    return float(np.sqrt(np.square(difference.astype(np.float64)).mean()))
+
+
+def shown(options: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
+
+
+def check_options(solver: str, options: dict, known):
+    """Refuse options that a solver does not have, by name."""
+    for name in options:
+        if name not in known:
+            raise UserError(f"solver {solver} has no option {name!r}: it has {', '.join(known)}")
 
 
 def parse_options(texts: list[str]) -> dict:
@@ -831,13 +850,12 @@ def build_tableau(
     guidance_scale: of the sampled model, if it is not the EMS' own.
     """
     if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}: use one of {', '.join([*SOLVERS, 'pc'])}")
+        raise UserError(f"unknown solver {solver!r}: use one of {', '.join(SOLVERS)}, or in sample.py pc or ode")
     build = SOLVERS[solver]
     parameters = inspect.signature(build).parameters
     known = [name for name in parameters if name not in ("sde", "steps", "ems")]
+    check_options(solver, options, known)
     for name, value in options.items():
-        if name not in known:
-            raise UserError(f"solver {solver} has no option {name!r}: it has {', '.join(known)}")
         if parameters[name].annotation is bool and not isinstance(value, bool):
             raise UserError(f"option {name}={value} of solver {solver}: use True or False")
     if solver == "dpmv3":

@@ -21,7 +21,6 @@ samples.
 """
 
 import bisect
-import io
 import json
 import pathlib
 import sys
@@ -35,7 +34,7 @@ from absl import flags
 from tqdm import tqdm
 
 import experiment as experiments
-from score_sde import VERSION, data, figures, guidance, losses, parallel
+from score_sde import VERSION, data, figures, files, guidance, losses, parallel
 from score_sde.errors import UserError
 from solvers import SOLVERS, conditioning, predictor_corrector, probability_flow, tableau
 
@@ -94,7 +93,7 @@ def main():
         steps = 1  # of the progress bar: a batch
     else:
         draw, nfe, options = tabled(model, classifier, solver, steps, options)
-    print(f"{n} samples by {solver}, {nfe} evaluations each, {shown(options | bent())}, seed {SEED.value}")
+    print(f"{n} samples by {solver}, {nfe} evaluations each, {experiments.shown(options | bent())}, seed {SEED.value}")
 
     # ------------------------------------------------------------------------------ sample
     params = parallel.replicate((model.params, classifier.params if classifier else None))
@@ -152,10 +151,6 @@ def main():
         raise UserError(f"{failure}; the {len(images)} samples finished before it are in {folder}")
 
 
-def shown(options: dict) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
-
-
 def bent() -> dict:
     """The flags that bend the model, where given."""
     given = (TASK, IMAGE, MASK, CLASSIFIER, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
@@ -167,15 +162,13 @@ def noise_of_samples(model, classifier=None):
     experiment, scale, interval = model.experiment, GUIDANCE.value, guidance_interval()
     if classifier is not None:
         return classifier_guided(model, classifier)
-    classes = experiment.num_classes
     for flag in (LABEL, GUIDANCE):
-        if flag.value is not None and not classes:
+        if flag.value is not None and not experiment.num_classes:
             raise UserError(
                 f"--{flag.name}={flag.value:g}: {model.name} has no classes: "
                 "train a model that has, python train.py --config=configs/digits_conditional.py"
             )
-    if LABEL.value is not None and LABEL.value >= classes:
-        raise UserError(f"--label={LABEL.value}: the classes of {model.name} are 0 to {classes - 1}")
+    check_label(model)
     if scale not in (None, 1) and not experiment.config.training.label_dropout:
         raise UserError(
             f"--guidance={scale:g}: {model.name} never saw a hidden label, so it has no unconditional part: "
@@ -191,6 +184,13 @@ def noise_of_samples(model, classifier=None):
     return noise_of
 
 
+def check_label(model):
+    """Refuse a --label that is no class of a model, or a classifier."""
+    classes = model.experiment.num_classes
+    if LABEL.value is not None and LABEL.value >= classes:
+        raise UserError(f"--label={LABEL.value}: the classes of {model.name} are 0 to {classes - 1}")
+
+
 def thresholded(noise, experiment):
     """A NoiseFn with --threshold."""
     if THRESHOLD.value is None:
@@ -201,16 +201,15 @@ def thresholded(noise, experiment):
 
 def classifier_guided(model, classifier):
     """`noise_of_samples` of --task=class."""
-    experiment, classes = model.experiment, classifier.experiment.num_classes
+    experiment = model.experiment
     scale, interval = 1.0 if GUIDANCE.value is None else GUIDANCE.value, guidance_interval()
     if experiment.num_classes:
         raise UserError(f"--task=class: {model.name} knows classes by itself: leave out --task and --classifier")
-    if LABEL.value is not None and LABEL.value >= classes:
-        raise UserError(f"--label={LABEL.value}: the classes of {classifier.name} are 0 to {classes - 1}")
+    check_label(classifier)
 
     def noise_of(params, index):
         params, classifier_params = params
-        y = index % classes if LABEL.value is None else jax.numpy.full_like(index, LABEL.value)
+        y = classifier.experiment.classes(index, LABEL.value)
         noise = experiment.noise_of(params)
         log_probability = losses.log_probability(classifier.experiment.logits_of(classifier_params), y)
         guided = guidance.classifier_guidance(noise, experiment.sde, log_probability, scale)
@@ -251,9 +250,8 @@ def tabled(model, classifier, solver: str, steps: int, options: dict):
 
     def one_device(params, table, index):
         keys = experiments.sample_keys(SEED.value, index)
-        later = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        noise = predictor_corrector.noise_of_keys(later, experiment.image_shape)
-        return tableau.solve(noise_of(params, index), table, experiments.prior(experiment, keys), noise)
+        x, draws = experiments.prior(experiment, keys), experiments.draws(experiment, keys)
+        return tableau.solve(noise_of(params, index), table, x, draws)
 
     on_devices = parallel.pmap(one_device, in_axes=(0, None, 0))
     table = jax.tree.map(np.float32, table)
@@ -278,9 +276,7 @@ def predictor_corrected(model, classifier, known, steps: int, options: dict):
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     fields = experiment.config.sampling
     options_known = ("predictor", "corrector", "corrector_steps", "snr", "probability_flow", "denoise")
-    for name in options:
-        if name not in options_known:
-            raise UserError(f"solver pc has no option {name!r}: it has {', '.join(options_known)}")
+    experiments.check_options("pc", options, options_known)
     options = {name: fields[name] for name in options_known} | options
     update_options = {name: value for name, value in options.items() if name != "denoise"}
     nfe = predictor_corrector.evaluations(
@@ -295,11 +291,10 @@ def predictor_corrected(model, classifier, known, steps: int, options: dict):
 
     def advance(params, index, given, update, first, last):
         """Steps first to last - 1; given: what is known of each sample, if anything."""
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(experiments.sample_keys(SEED.value, index))
         step = predictor_corrector.stepper(
             noise_of(params, index),
             experiment.sde,
-            predictor_corrector.noise_of_keys(keys, experiment.image_shape),
+            experiments.draws(experiment, experiments.sample_keys(SEED.value, index)),
             n=steps,
             condition=None if known is None else known.condition(given),
             **update_options,
@@ -337,9 +332,8 @@ def adaptive(model, classifier, options: dict):
     """
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     defaults = dict(rtol=1e-5, atol=1e-5, temperature=1.0, denoise=experiment.config.sampling.denoise)
+    experiments.check_options("ode", options, defaults)
     for name, value in options.items():
-        if name not in defaults:
-            raise UserError(f"solver ode has no option {name!r}: it has {', '.join(defaults)}")
         if name != "denoise" and not (isinstance(value, (int, float)) and value > 0):
             raise UserError(f"--option {name}={value}: expected a positive number, as in {name}={defaults[name]}")
     if STEPS.value is not None:
@@ -358,8 +352,7 @@ def adaptive(model, classifier, options: dict):
         return probability_flow.solve(noise_of(params, index), experiment.sde, z, denoise=chain, **tolerances)
 
     def encode(params, index, image):
-        preprocess = lambda key, image: experiment.preprocess(key, image, flip=False)
-        x = jax.vmap(preprocess)(experiments.sample_keys(SEED.value, index), image)
+        x = experiment.as_seen(experiments.sample_keys(SEED.value, index), image)
         times = dict(t_start=experiment.sde.t_min, t_end=experiment.sde.t_max)
         return probability_flow.solve(noise_of(params, index), experiment.sde, x, **times, **tolerances)
 
@@ -452,8 +445,8 @@ class Known(NamedTuple):
 
     def in_data_range(self, index):
         """The images of samples numbered `index` as the model sees them; of them, only what is known will count."""
-        preprocess = lambda image: self.experiment.preprocess(jax.random.key(0), image, flip=False)
-        return np.asarray(jax.vmap(preprocess)(self.images(index)))
+        keys = jax.numpy.broadcast_to(jax.random.key(0), index.shape)
+        return np.asarray(self.experiment.as_seen(keys, self.images(index)))
 
     def condition(self, images):
         if self.mask is None:
@@ -501,11 +494,9 @@ def read_image(path: str, experiment, channels: int | None) -> np.ndarray:
 
 def write(folder: pathlib.Path, images: np.ndarray, record: dict):
     """samples.npz (uint8 NHWC, key `samples`), grid.png, run.json."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, samples=images)
-    experiments.write_atomically(folder / "samples.npz", buffer.getvalue())
+    files.save_npz(folder / "samples.npz", dict(samples=images), compressed=True)
     figures.save_grid(folder / "grid.png", images[:256])
-    experiments.write_atomically(folder / "run.json", json.dumps(record, indent=2) + "\n")
+    files.write(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

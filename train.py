@@ -171,7 +171,7 @@ def accuracy(experiment, n: int = 1000, levels: int = 6):
 
     @jax.jit
     def accurate(params, t):
-        x0 = jax.vmap(lambda key, image: experiment.preprocess(key, image, flip=False))(keys, batch["image"])
+        x0 = experiment.as_seen(keys, batch["image"])
         z = jax.random.normal(jax.random.key(1), x0.shape)
         logits = experiment.logits_of(params)(experiment.sde.perturb(x0, t, z), t)
         return (logits.argmax(1) == batch["label"]).mean()

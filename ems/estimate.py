@@ -15,7 +15,6 @@ Both tangents, the probe v and the ODE direction, share one linearization of the
 """
 
 import math
-import os
 import pathlib
 import time
 import zipfile
@@ -28,6 +27,7 @@ import numpy as np
 
 from ems.moments import BLOCKS, Moments, jackknife, merge, union
 from ems.statistics import EMS
+from score_sde import files
 from score_sde.errors import UserError
 from score_sde.sde import SDE, derivative
 
@@ -234,7 +234,7 @@ def accumulate(
                 whole[block, real] = values
         if partial is not None and time.monotonic() - saved > save_every:
             began = time.monotonic()
-            _write_partial(partial, total, unit + 1, identity)
+            files.save_npz(partial, total._asdict() | dict(done=unit + 1, identity=identity))
             saved = time.monotonic()
             save_every *= 2 if saved - began > save_every / 20 else 1  # large moments on a slow disk
     progress(batches * len(chunks), batches * len(chunks))
@@ -243,15 +243,8 @@ def accumulate(
     return total
 
 
-def _write_partial(path: pathlib.Path, total: Moments, done: int, identity: str):
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **total._asdict(), done=done, identity=identity)
-    os.replace(temporary, path)
-
-
 def _read_partial(path: pathlib.Path, identity: str) -> tuple[Moments, int] | None:
-    """What `_write_partial` wrote, or None if it belongs to another estimate or is damaged."""
+    """Moments and units done of a stopped estimate, or None if it belongs to another estimate or is damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["identity"]) == identity:

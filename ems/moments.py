@@ -2,13 +2,13 @@
 
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from score_sde import files
 from score_sde.errors import UserError
 
 BLOCKS = 4  # disjoint sets of images whose moments are kept apart, so that errors can be told
@@ -101,14 +101,10 @@ class Saved(NamedTuple):
 
 def save(path, saved: Saved):
     """Write one .npz, atomically; of the symmetric second moments the upper half."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     arrays = saved.blocks._asdict()
     second = arrays.pop("second")
     arrays |= {f"second{i}{j}": second[:, :, i, j] for i, j in _UPPER}
-    with open(temporary, "wb") as file:
-        np.savez(file, t=saved.t, lam=saved.lam, **arrays, origin=json.dumps(saved.origin))
-    os.replace(temporary, path)
+    files.save_npz(path, arrays | dict(t=saved.t, lam=saved.lam, origin=json.dumps(saved.origin)))
 
 
 def load(path) -> Saved:

@@ -6,12 +6,12 @@ ODE. All are per pixel.
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
+from score_sde import files
 from score_sde.errors import UserError
 from score_sde.sde import SDE
 
@@ -50,13 +50,8 @@ def check_sde(ems: EMS, sde: SDE):
 
 def save(path, ems: EMS):
     """Write one .npz, atomically; every field under its name, `origin` as JSON text."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        fields = {name: value for name, value in ems._asdict().items() if value is not None}
-        np.savez_compressed(file, **fields | {"origin": json.dumps(ems.origin)})
-    os.replace(temporary, path)
+    fields = {name: value for name, value in ems._asdict().items() if value is not None}
+    files.save_npz(path, fields | {"origin": json.dumps(ems.origin)}, compressed=True)
 
 
 def load(path) -> EMS:

@@ -16,7 +16,7 @@ from solvers import conditioning
 from solvers import predictor_corrector as pc
 from tests import reference
 from tests.mixture import Mixture
-from tests.test_predictor_corrector import CORRECTORS, PREDICTORS, sde_of
+from tests.test_predictor_corrector import CORRECTORS, PREDICTORS, options_of, sde_of
 from tests.test_published_models import classifier_case
 
 GRAY = np.full((1, 1, 1, 3), 3**-0.5)  # the first axis of the published orthogonal transform
@@ -43,7 +43,7 @@ def test_published_inpainting_and_colorization(case, x64):
     """With the published end: what is unknown keeps the last step's noise, what is known is its mean if denoised."""
     info, stored = reference.cases("D_controllable")[case], reference.arrays("D_controllable")
     array = lambda key: reference.nhwc(stored[f"{case}/{key}"]).astype(np.float64)
-    sde, n = sde_of(info)
+    sde, _ = sde_of(info)
     draws = jnp.asarray(array("noise"))
     prior = np.asarray(draws[0]) * sde.prior_std
     if case.startswith("inpaint"):
@@ -59,12 +59,7 @@ def test_published_inpainting_and_colorization(case, x64):
             sde,
             x,
             lambda i: draws[1 + i],
-            n=n,
-            predictor=PREDICTORS[info["predictor"]],
-            corrector=CORRECTORS[info["corrector"]],
-            snr=info["snr"],
-            corrector_steps=info["n_steps"],
-            t_end=info["eps"],
+            **options_of(info),
             condition=condition,
             denoise=False,
         )
@@ -297,13 +292,7 @@ def test_published_guided_runs(case, dtype):
             lambda x, t: noise(x, t, labels),
             sde,
             lambda i: draws[1 + i],
-            n=n,
-            predictor=PREDICTORS[info["predictor"]],
-            corrector=CORRECTORS[info["corrector"]],
-            snr=info["snr"],
-            corrector_steps=info["n_steps"],
-            probability_flow=info["probability_flow"],
-            t_end=1e-5,
+            **options_of(info),
         )
         update = pc.Update(draws[0] * sde.prior_std, draws[0])
         for k in range(n):  # on the host: what was compiled serves every case

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ems import estimate, moments, statistics
+from score_sde import files
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
 from tests import reference
@@ -221,7 +222,7 @@ def test_a_stopped_estimate_goes_on_to_the_same_moments(stop, tmp_path):
 
 def test_a_partial_file_of_another_model_is_not_continued(tmp_path):
     path = tmp_path / "partial.npz"
-    estimate._write_partial(path, moments.Moments.zeros((2,), (1, 1, 1)), 3, "this")
+    files.save_npz(path, moments.Moments.zeros((2,), (1, 1, 1))._asdict() | dict(done=3, identity="this"))
     assert estimate._read_partial(path, "this")[1] == 3
     assert estimate._read_partial(path, "that") is None
     path.write_bytes(path.read_bytes()[:100])

@@ -16,7 +16,7 @@ from score_sde.sde import per_image
 from solvers import dpm_solver_v3, predictor_corrector, tableau
 from tests import reference
 from tests.test_models import build, case
-from tests.test_predictor_corrector import CORRECTORS, PREDICTORS
+from tests.test_predictor_corrector import options_of, sde_of
 from tests.test_solvers import worst
 
 SDE = sde_lib.VP()
@@ -93,8 +93,7 @@ def test_published_predictor_corrector_runs_of_a_network(name):
     info, stored = reference.cases("D_pc")[name], reference.arrays("D_pc")
     ve = info["sde"][0] == "VESDE"
     _, apply = network(re.match("net_(.*)_[a-z]+_[a-z]+$", name)[1], "float32")
-    kind, args = (sde_lib.VE, ("sigma_min", "sigma_max")) if ve else (sde_lib.VP, ("beta_min", "beta_max"))
-    sde, n = kind(**dict(zip(args, info["sde"][1][:2], strict=True))), info["sde"][1][2]
+    sde, _ = sde_of(info)
     output, label = ("score", "sigma") if ve else ("eps", "time")
     noise = denoiser.noise_fn(apply, sde, output=output, label=label)
     draws = jnp.asarray(reference.nhwc(stored[f"{name}/noise"]))
@@ -104,12 +103,7 @@ def test_published_predictor_corrector_runs_of_a_network(name):
             sde,
             draws[0] * sde.prior_std,
             lambda i: draws[1 + i],
-            n=n,
-            predictor=PREDICTORS[info["predictor"]],
-            corrector=CORRECTORS[info["corrector"]],
-            snr=info["snr"],
-            corrector_steps=info["n_steps"],
-            t_end=info["eps"],
+            **options_of(info),
         )
     )(draws)
     theirs = reference.nhwc(stored[f"{name}/x_mean_final"])

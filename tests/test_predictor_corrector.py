@@ -29,6 +29,19 @@ def sde_of(info):
     return {"VPSDE": sde_lib.VP, "subVPSDE": sde_lib.SubVP}[kind](beta_min=args[0], beta_max=args[1]), args[2]
 
 
+def options_of(info) -> dict:
+    """The options of `sample` and `stepper` for a published run."""
+    return dict(
+        n=info["sde"][1][2],
+        predictor=PREDICTORS[info["predictor"]],
+        corrector=CORRECTORS[info["corrector"]],
+        snr=info["snr"],
+        corrector_steps=info["n_steps"],
+        probability_flow=info.get("probability_flow", False),
+        t_end=info["eps"],
+    )
+
+
 def close(ours, theirs, tolerance):
     theirs = reference.nhwc(theirs)
     np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
@@ -59,7 +72,7 @@ def test_published_updates(case):
 def test_published_runs(case, x64):
     """In float64, to what the stored float32 runs are good for: their sigma_i^2 - sigma_(i-1)^2 of VE loses 4e-5."""
     info, stored = reference.cases("D_pc")[case], reference.arrays("D_pc")
-    sde, n = sde_of(info)
+    sde, _ = sde_of(info)
     draws = jnp.asarray(reference.nhwc(stored[f"{case}/noise"]), jnp.float64)
     tolerance = 5e-5 if case.startswith("ve") else 1e-5
     run = jax.jit(
@@ -68,14 +81,8 @@ def test_published_runs(case, x64):
             sde,
             draws[0] * sde.prior_std,
             lambda i: draws[1 + i],
-            n=n,
-            predictor=PREDICTORS[info["predictor"]],
-            corrector=CORRECTORS[info["corrector"]],
-            snr=info["snr"],
-            corrector_steps=info["n_steps"],
-            probability_flow=info["probability_flow"],
+            **options_of(info),
             denoise=denoise,
-            t_end=info["eps"],
         ),
         static_argnums=1,
     )

@@ -7,7 +7,6 @@ score_sde/metrics/weights/resnet20_<name>.npz, half-precision weights with their
 State is kept in runs/resnet20_<name>/state.npz every 100 steps; the same command continues a run that was stopped.
 """
 
-import io
 import json
 import pathlib
 import sys
@@ -21,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 import experiment as experiments
-from score_sde import VERSION, data
+from score_sde import VERSION, data, files
 from score_sde.errors import UserError
 from score_sde.metrics import resnet
 
@@ -86,9 +85,7 @@ def main():
             if (step + 1) % 100 == 0:
                 bar.set_postfix_str(f"loss {float(value):.3f}")
                 leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tuple(state)))}
-                buffer = io.BytesIO()
-                np.savez(buffer, identity=identity, step=step + 1, **leaves)
-                experiments.write_atomically(kept, buffer.getvalue())
+                files.save_npz(kept, leaves | dict(identity=identity, step=step + 1))
     minutes = (time.monotonic() - began) / 60
 
     provenance = dict(
@@ -105,7 +102,6 @@ def main():
         versions=dict(score_sde=VERSION, jax=jax.__version__),
     )
     path = pathlib.Path(FOLDER.value) / f"resnet20_{NAME.value}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     half = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), state[0])  # as it will be used
     provenance["test_accuracy"] = round(accuracy(network, half, held_out), 4)
     resnet.save(path, half, provenance)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from score_sde import parallel
+from score_sde import files, parallel
 from score_sde.errors import UserError
 from score_sde.metrics import distances, inception, resnet
 from score_sde.metrics.distances import Gaussian
@@ -159,20 +159,11 @@ def measure(
         else:
             found = next(measured)
             if folder is not None:
-                write_atomically(kept(*bounds), features=found[0], logits=found[1])
+                files.save_npz(kept(*bounds), dict(features=found[0], logits=found[1]))
         moments = distances.merge(moments, distances.gaussian(found[0]))
         features.append(found[0][: max(0, KEPT - bounds[0])])
         logits.append(found[1])
     return Measured(moments, np.concatenate(features), np.concatenate(logits))
-
-
-def write_atomically(path: pathlib.Path, **arrays) -> None:
-    """An .npz, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -201,7 +192,7 @@ def save(path: pathlib.Path, found: Statistics) -> None:
     """As .npz of mu, sigma (the names that other tools read), n, features, and provenance as JSON."""
     provenance = json.dumps(found.provenance, sort_keys=True)
     arrays = dict(mu=found.mean, sigma=found.covariance, n=found.n, features=found.features, provenance=provenance)
-    write_atomically(path, **arrays)
+    files.save_npz(path, arrays)
 
 
 def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from score_sde import files
 from score_sde.errors import UserError
 from score_sde.importers.foreign import read_checkpoint
 
@@ -264,20 +265,16 @@ def download(folder: pathlib.Path) -> pathlib.Path:
     path = folder / URL.rpartition("/")[2]
     if path.exists():
         return path
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         print(f"downloading {URL} to {path} (96 MB)")
-        with urllib.request.urlopen(URL, timeout=30) as answer, temporary.open("wb") as file:
+        with urllib.request.urlopen(URL, timeout=30) as answer, files.replacing(path) as file:
             digest = hashlib.sha256()
             while block := answer.read(2**20):
                 digest.update(block)
                 file.write(block)
-        if digest.hexdigest() != SHA256:
-            raise OSError("what came has another SHA-256")
-        os.replace(temporary, path)
+            if digest.hexdigest() != SHA256:
+                raise OSError("what came has another SHA-256")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot download the Inception weights ({' '.join(str(error).split())[:100]}): fetch {URL} elsewhere and "
             "give --inception_weights=PATH, or use a local network (resnet20-...)"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from score_sde import files
 from score_sde.errors import UserError
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
@@ -60,9 +61,7 @@ def save(path: str | os.PathLike, params: dict, provenance: dict) -> None:
     arrays = {
         name: np.asarray(array, np.float16) for name, array in traverse_util.flatten_dict(params, sep="/").items()
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, provenance=json.dumps(provenance), **arrays)
-    pathlib.Path(path).write_bytes(buffer.getvalue())
+    files.save_npz(path, arrays | {"provenance": json.dumps(provenance)}, compressed=True)
 
 
 def load(path: str | os.PathLike) -> tuple[dict, dict, str]:
