@@ -84,8 +84,8 @@ def main():
         report[name], lines = metrics[name](model, folder)
         print("\n".join(["", *lines]))
         text += [*lines, ""]
-    files.write(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    files.write(folder / "report.md", "\n".join(text))
+        files.write(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        files.write(folder / "report.md", "\n".join(text))
     print(f"\nwrote {folder}/report.json and report.md")
 
 

@@ -51,7 +51,7 @@ def save_ems(path, lam: np.ndarray, statistics: dict[str, np.ndarray], title: st
 
 def save_convergence(path, steps, distances: dict[str, list[float]], title: str):
     """RMS distance to the fine solution against evaluations, one line a solver."""
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.8, 3.6), layout="constrained")
     for name, values in distances.items():
         axis.loglog(steps, values, "o-", label=name)
     axis.set_xticks(steps, [str(n) for n in steps])
@@ -59,7 +59,7 @@ def save_convergence(path, steps, distances: dict[str, list[float]], title: str)
     axis.set(xlabel="network evaluations", ylabel="RMS distance to the fine solution")
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    figure.legend(loc="outside right upper", fontsize=8)
     _save(figure, path)
 
 
