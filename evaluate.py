@@ -24,6 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 import experiment as experiments
+import model_statistics
 from score_sde import VERSION, data, figures, files, parallel
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, inception
@@ -125,7 +126,7 @@ def convergence(model, folder) -> tuple[dict, list[str]]:
     fine, coarser = (
         solve(dpm_solver_pp(experiment.sde, k, order=2)) for k in (fields.fine_steps, fields.fine_steps // 2)
     )
-    ems = experiments.ems_of(model, EMS.value)
+    ems = model_statistics.ems_of(model, EMS.value)
     steps = list(fields.steps)
     distances = {name: [] for name in STUDY}
     seconds = time.perf_counter()
@@ -252,7 +253,8 @@ def sample_quality(model, folder) -> tuple[dict, list[str]]:
     experiment, fields = model.experiment, model.experiment.config.sampling
     network = feature_network(experiment.config)
     solver, steps = SOLVER.value or fields.solver, STEPS.value or fields.steps
-    table, options = experiments.build_tableau(model, solver, steps, None)
+    ems = model_statistics.ems_of(model, EMS.value) if solver == "dpmv3" else None
+    table, options = experiments.build_tableau(model, solver, steps, ems)
     devices = jax.local_device_count()
     batch_size = -(-fields.batch_size // devices) * devices
     sample = experiments.sampler(model, experiment.noise_of, SEED.value)

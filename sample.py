@@ -34,6 +34,7 @@ from absl import flags
 from tqdm import tqdm
 
 import experiment as experiments
+import model_statistics
 from score_sde import VERSION, data, figures, files, guidance, losses, parallel
 from score_sde.errors import UserError
 from solvers import SOLVERS, conditioning, predictor_corrector, probability_flow, tableau
@@ -239,7 +240,7 @@ def tabled(model, classifier, solver: str, steps: int, options: dict):
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     ems, scale, given = None, GUIDANCE.value, options
     if solver == "dpmv3":
-        ems = experiments.ems_of(model, EMS.value, scale if classifier is None else None)
+        ems = model_statistics.ems_of(model, EMS.value, scale if classifier is None else None)
     table, options = experiments.build_tableau(model, solver, steps, ems, scale, **given)
     if ems is not None and "t_end" not in given:
         t_end = experiments.published_for(model, steps, ems, scale)["t_end"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import experiment as experiments
+import model_statistics
 from configs import digits, digits_conditional
 from ems import estimate, moments, statistics
 from score_sde import sde as sde_lib
@@ -229,7 +230,7 @@ def model(tmp_path_factory):
 
 def test_two_machines_and_one_write_the_same_statistics(model, capsys):
     """Through the files that the program writes; a finished measurement is not repeated."""
-    measure = functools.partial(experiments.measure_ems, model, nodes=12, batch_size=8)
+    measure = functools.partial(model_statistics.measure, model, nodes=12, batch_size=8)
     halves = [measure(num_data=8, first_image=first) for first in (0, 8)]
     assert "so no standard errors" in capsys.readouterr().out
     assert statistics.load(halves[0]).errors is None
@@ -239,14 +240,14 @@ def test_two_machines_and_one_write_the_same_statistics(model, capsys):
         assert words in text
     expected = statistics.load(whole)
     whole.rename(whole.with_suffix(".alone"))
-    merged = experiments.merge_ems(model, [str(path) for path in halves])
+    merged = model_statistics.merge(model, [str(path) for path in halves])
     assert merged == whole
-    ours = experiments.load_ems(model, merged)
+    ours = model_statistics.load(model, merged)
     for key in ("l", "s", "b", "errors"):
         np.testing.assert_allclose(getattr(ours, key), getattr(expected, key), rtol=1e-7, atol=1e-9, err_msg=key)
     assert ours.origin["images"] == [[0, 8], [8, 16]]
     assert ours.origin["samples"]["standard_error"] > 0
-    assert experiments.find_ems(model) == merged
+    assert model_statistics.find(model) == merged
     capsys.readouterr()
     measure(num_data=16)
     assert "already measured" in capsys.readouterr().out
@@ -254,12 +255,12 @@ def test_two_machines_and_one_write_the_same_statistics(model, capsys):
 
 def test_statistics_on_own_samples_and_on_latents(model, tmp_path):
     """Own samples are what DPM-Solver++ draws; given as latents, x0 as it is, they give the same statistics."""
-    source = experiments.own_samples(model, model.experiment.noise_of, 0)
+    source = model_statistics.own_samples(model, model.experiment.noise_of, 0)
     (x0,) = source.take(np.arange(8))
-    sampled = experiments.measure_ems(model, nodes=12, num_data=8, batch_size=8, source="samples")
+    sampled = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, source="samples")
     assert statistics.load_origin(sampled)["data"] == "own samples"
     np.savez(tmp_path / "made.npz", latents=x0)
-    given = experiments.measure_ems(model, nodes=12, num_data=8, batch_size=8, source=str(tmp_path / "made.npz"))
+    given = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, source=str(tmp_path / "made.npz"))
     np.testing.assert_allclose(statistics.load(given).l, statistics.load(sampled).l, atol=1e-6)
     assert statistics.load_origin(given)["latent"]
     options = experiments.build_tableau(model, "dpmv3", 7, statistics.load(given))[1]
@@ -278,24 +279,24 @@ def test_statistics_on_own_samples_and_on_latents(model, tmp_path):
 def test_other_files_than_latents_are_refused(model, arrays, words, tmp_path):
     np.savez(tmp_path / "made.npz", **arrays)
     with pytest.raises(UserError, match=words):
-        experiments.latents(model.experiment, str(tmp_path / "made.npz"))
+        model_statistics.latents(model.experiment, str(tmp_path / "made.npz"))
 
 
 def test_guided_statistics_belong_to_their_scale(tmp_path):
     """Measured on guided noise: another l than without; each is found by its scale and refused for others."""
     model = model_of(tmp_path, conditional=True)
-    guided = experiments.measure_ems(model, nodes=12, num_data=8, batch_size=8, guidance_scale=3.0)
-    plain = experiments.measure_ems(model, nodes=12, num_data=8, batch_size=8, guidance_scale=1.0)
-    assert experiments.find_ems(model, 3.0) == guided
-    assert experiments.find_ems(model) == plain
-    assert experiments.find_ems(model, 2.0) is None
+    guided = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=3.0)
+    plain = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=1.0)
+    assert model_statistics.find(model, 3.0) == guided
+    assert model_statistics.find(model) == plain
+    assert model_statistics.find(model, 2.0) is None
     assert np.abs(statistics.load(guided).l - statistics.load(plain).l).max() > 1e-3
-    _, options = experiments.build_tableau(model, "dpmv3", 10, experiments.load_ems(model, guided, 3.0))
+    _, options = experiments.build_tableau(model, "dpmv3", 10, model_statistics.load(model, guided, 3.0))
     assert (options["order"], options["corrector_pseudo"], options["grid"]) == (2, True, "time")
     with pytest.raises(UserError, match="was measured with guidance 3, sampling is without guidance"):
-        experiments.load_ems(model, guided)
+        model_statistics.load(model, guided)
     with pytest.raises(UserError, match=r"measured without guidance, sampling is with guidance 2: .*--guidance=2"):
-        experiments.load_ems(model, plain, 2.0)
+        model_statistics.load(model, plain, 2.0)
 
 
 def made_up(model, path, *, sde=None, shape=None, **origin):
@@ -321,17 +322,17 @@ def made_up(model, path, *, sde=None, shape=None, **origin):
     ],
 )
 def test_statistics_that_do_not_belong_are_refused(model, changes, words, tmp_path):
-    assert experiments.load_ems(model, made_up(model, tmp_path / "own.npz")).l.shape == (13, 8, 8, 1)
+    assert model_statistics.load(model, made_up(model, tmp_path / "own.npz")).l.shape == (13, 8, 8, 1)
     with pytest.raises(UserError, match=words) as error:
-        experiments.load_ems(model, made_up(model, tmp_path / "ems.npz", **changes))
+        model_statistics.load(model, made_up(model, tmp_path / "ems.npz", **changes))
     assert "\n" not in str(error.value)
 
 
 def test_longer_statistics_serve_a_shorter_range_and_the_published_end(model, tmp_path):
     """Above 10 evaluations a tenth of t_min is published: taken if the EMS reach that far, else where they end."""
     end = lambda ems, steps, **options: experiments.build_tableau(model, "dpmv3", steps, ems, **options)[1]["t_end"]
-    short = experiments.load_ems(model, made_up(model, tmp_path / "short.npz"))
-    longer = experiments.load_ems(model, made_up(model, tmp_path / "long.npz", sde=sde_lib.VP(t_min=1e-4)))
+    short = model_statistics.load(model, made_up(model, tmp_path / "short.npz"))
+    longer = model_statistics.load(model, made_up(model, tmp_path / "long.npz", sde=sde_lib.VP(t_min=1e-4)))
     assert [end(short, steps) for steps in (10, 12)] == [1e-3, 1e-3]
     assert [end(longer, steps) for steps in (10, 12)] == [1e-3, 1e-4]
     with pytest.raises(UserError, match=r"down to t=0.0001, but these EMS end at t=0.001: .*--t_end=0.0001"):
@@ -343,7 +344,7 @@ def test_data_that_cannot_be_read_proposes_own_samples(model):
         model.experiment.config.data.dataset, kept = "no/where.npz", model.experiment.config.data.dataset
     try:
         with pytest.raises(UserError, match=r"no/where.npz.*--data=samples"):
-            experiments.measure_ems(model, nodes=12, num_data=8, batch_size=8)
+            model_statistics.measure(model, nodes=12, num_data=8, batch_size=8)
     finally:
         with model.experiment.config.unlocked():
             model.experiment.config.data.dataset = kept

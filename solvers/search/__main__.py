@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 import experiment as experiments
+import model_statistics
 from score_sde import VERSION, files
 from score_sde.errors import UserError
 from solvers import tableau
@@ -42,7 +43,7 @@ def main():
     # ------------------------------------------------------------------------------ what to search
     model = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
     solver, steps, given = SOLVER.value, STEPS.value, experiments.parse_options(OPTION.value)
-    ems = experiments.ems_of(model, EMS.value) if solver == "dpmv3" else None
+    ems = model_statistics.ems_of(model, EMS.value) if solver == "dpmv3" else None
     build = functools.partial(experiments.build_tableau, model, solver, steps, ems)
     published, _ = build(**given)
     search, judge = (distance_to_fine(model, seed) for seed in (SEED.value + 1, SEED.value))

@@ -1,0 +1,368 @@
+"""The EMS of a trained model: measured, merged, taken over, found and loaded.
+
+What `python -m ems` does, and what the samplers ask of a run folder. The mathematics is in ems/.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import experiment as experiments
+from ems import estimate, moments, statistics
+from ems.statistics import EMS
+from score_sde import VERSION, data, figures, parallel
+from score_sde.errors import UserError
+from solvers.dpm_solver import dpm_solver_pp
+
+
+def path_of(model: experiments.Model, origin: dict) -> pathlib.Path:
+    """Where the statistics of that origin belong; whatever tells measurements of one size apart is in the name."""
+    name = f"step{model.step}_nodes{origin['nodes']}_data{origin['num_data']}"
+    first, sde = origin["images"][0][0], model.experiment.sde
+    apart = {
+        "_first": first or None,
+        "_end": None if origin["t_end"] == sde.t_min else origin["t_end"],
+        "_guidance": origin["guidance_scale"],
+        "_seed": origin["seed"] or None,
+    }
+    name += "".join(f"{key}{value:g}" for key, value in apart.items() if value is not None)
+    name += "" if origin["data"] == model.experiment.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
+    return model.workdir / "ems" / f"{name.replace(' ', '_')}.npz"
+
+
+def find(model: experiments.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
+    """The run's statistics of this checkpoint and guidance: on data before own samples, on most images, then nodes."""
+    found = {
+        path: statistics.load_origin(path)
+        for path in sorted((model.workdir / "ems").glob(f"step{model.step}_*.npz"))
+        if not path.name.endswith(".partial.npz")
+    }
+    rank = lambda path: (
+        found[path]["data"] != OWN_SAMPLES,
+        found[path]["num_data"],
+        found[path]["nodes"],
+        -found[path].get("t_end", np.inf),
+    )
+    wanted = (model.identity, guidance_scale)
+    fitting = [path for path, origin in found.items() if (origin["checkpoint"], origin["guidance_scale"]) == wanted]
+    return max(fitting, key=rank, default=None)
+
+
+def load(model: experiments.Model, path: pathlib.Path, guidance_scale: float | None = None) -> EMS:
+    """Statistics from a file, refused unless they were measured on this very model, with this scale of guidance."""
+    ems = statistics.load(path)
+    origin = ems.origin
+    if origin.get("checkpoint") != model.identity:
+        raise UserError(
+            f"{path} was measured on checkpoint {origin.get('checkpoint')} (step {origin.get('step')}), "
+            f"this is {model.identity} (step {model.step}): measure again with python -m ems --workdir={model.workdir}"
+        )
+    if ems.l.shape[1:] != model.experiment.image_shape:
+        raise UserError(f"{path} is for images {ems.l.shape[1:]}, this model's are {model.experiment.image_shape}")
+    if origin.get("guidance_scale") != guidance_scale:
+        theirs, ours = (
+            "without guidance" if scale is None else f"with guidance {scale:g}"
+            for scale in (origin.get("guidance_scale"), guidance_scale)
+        )
+        flag = "" if guidance_scale is None else f" --guidance={guidance_scale:g}"
+        raise UserError(
+            f"{path} was measured {theirs}, sampling is {ours}: measure again with "
+            f"python -m ems --workdir={model.workdir}{flag}"
+        )
+    statistics.check_sde(ems, model.experiment.sde)
+    return ems
+
+
+OWN_SAMPLES = "own samples"
+OWN_STEPS = 50  # evaluations of DPM-Solver++ 2M for each of them
+
+
+class Source(NamedTuple):
+    """What EMS are measured on."""
+
+    name: str
+    size: float  # number of images
+    take: Callable  # indices (b,) -> (x0 (b, H, W, C),), and the classes (b,) if the network has any
+
+
+def training_images(experiment: experiments.Experiment) -> Source:
+    """The training images, unflipped, in a fixed random order: a stored order may be one class after the other."""
+    try:
+        images = experiment.images("train")
+    except UserError as error:
+        raise UserError(f"{error}; without the images, python -m ems --data=samples measures on own samples") from None
+    order = data.permutation(0, 0, images.size)
+    preprocess = jax.jit(experiment.as_seen)
+
+    def take(index):
+        batch = images.take(order[index])
+        x0 = np.asarray(preprocess(experiments.sample_keys(0, index), batch["image"]))
+        return (x0, batch["label"]) if experiment.num_classes else (x0,)
+
+    return Source(experiment.config.data.dataset, images.size, take)
+
+
+def latents(experiment: experiments.Experiment, path: str) -> Source:
+    """x0 as it is, from an .npz: `latents` (K, H, W, C) of floats, and `labels` (K,) if the network has classes."""
+    keys = ["latents", "labels"] if experiment.num_classes else ["latents"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in keys}
+    except Exception as error:  # zipfile, zlib and NumPy raise many types on a damaged file
+        raise UserError(f"--data={path}: expected samples, or an .npz with {' and '.join(keys)} ({error})") from None
+    x0 = arrays["latents"]
+    if x0.shape[1:] != experiment.image_shape or x0.dtype.kind != "f" or not np.isfinite(x0).all():
+        raise UserError(
+            f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{experiment.image_shape}), NHWC"
+        )
+    columns = (x0.astype(np.float32), *(np.asarray(arrays[key], np.int32) for key in keys[1:]))
+    return Source(path, len(x0), lambda index: tuple(column[index] for column in columns))
+
+
+def own_samples(model: experiments.Model, noise_of: Callable, seed: int) -> Source:
+    """Samples of the model itself, each a function of its index and the seed."""
+    experiment = model.experiment
+    table = dpm_solver_pp(experiment.sde, OWN_STEPS, order=2)
+    sample = experiments.sampler(model, noise_of, seed, purpose=2)
+
+    def take(index):
+        x0 = sample(table, index)
+        return (x0, np.asarray(experiment.classes(index))) if experiment.num_classes else (x0,)
+
+    return Source(OWN_SAMPLES, np.inf, take)
+
+
+def measured_noise(experiment: experiments.Experiment, guidance_scale: float | None) -> Callable:
+    """(params, classes (B,) of a conditional network) -> the NoiseFn that is measured."""
+    if guidance_scale is None:
+        return experiment.noise_of
+    if not experiment.num_classes or not experiment.config.training.label_dropout:
+        raise UserError(
+            f"guidance {guidance_scale:g}: this model has no unconditional part: "
+            "train one that has, python train.py --config=configs/digits_conditional.py"
+        )
+    return lambda params, y: experiment.guided(params, y, guidance_scale)
+
+
+def measure(
+    model: experiments.Model,
+    *,
+    nodes: int,
+    num_data: int,
+    batch_size: int,
+    t_end: float | None = None,
+    seed: int = 0,
+    first_image: int = 0,
+    source: str | None = None,
+    guidance_scale: float | None = None,
+    noise_of: Callable | None = None,
+) -> pathlib.Path:
+    """Measure l, s, b and their errors; write the statistics, their picture and the moments; return the first's path.
+
+    t_end: where the nodes end, the SDE's t_min by default.
+    first_image: where this measurement's images begin; several machines take different ones, and `merge_ems` adds.
+    source: the config's training images by default; "samples" for the model's own, or an .npz of latents.
+    guidance_scale: of classifier-free guidance, for statistics of the guided model; None for the model alone.
+    noise_of: (params, *classes) -> NoiseFn, if another than guidance_scale says is to be measured.
+    """
+    experiment = model.experiment
+    guidance_scale = None if guidance_scale == 1 else guidance_scale
+    noise_of = noise_of or measured_noise(experiment, guidance_scale)
+    t_end = experiment.sde.t_min if t_end is None else t_end
+    node = estimate.nodes(experiment.sde, nodes, t_end=t_end)
+    parallel.batch_per_device(batch_size)
+    if source is None:
+        images = training_images(experiment)
+    elif source == "samples":
+        images = own_samples(model, noise_of, seed)
+    else:
+        images = latents(experiment, source)
+    there = max(0, min(num_data, images.size - first_image))
+    used = int(there) // batch_size * batch_size
+    if not used:
+        raise UserError(
+            f"EMS in batches of {batch_size} from {there:.0f} images of {images.name}, from image {first_image} on: "
+            "use a smaller batch size (--batch_size), or an earlier --first_image"
+        )
+    origin = dict(
+        checkpoint=model.identity,
+        step=model.step,
+        sde=statistics.describe_sde(experiment.sde),
+        t_end=t_end,
+        data=images.name,
+        latent=source not in (None, "samples"),
+        num_data=used,
+        images=[[first_image, first_image + used]],
+        nodes=nodes,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        jax=jax.__version__,
+        score_sde=VERSION,
+    )
+    path = path_of(model, origin)
+    if path.exists() and statistics.load_origin(path)["checkpoint"] == model.identity:
+        print(f"EMS: already measured, {path}")
+        return path
+    evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), experiment.image_shape) / 1e6
+    guided = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
+    print(
+        f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{guided}: "
+        f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
+    )
+    key = jax.random.key(seed)
+    classes = (0,) if experiment.num_classes else ()
+    on_devices = parallel.pmap(
+        lambda params, node, node_index, index, x0, *y: estimate.measure(
+            lambda x, t, *y: noise_of(params, *y)(x, t), node, node_index, key, x0, index, *y
+        ),
+        in_axes=(0, None, None, 0, 0, *classes),
+    )
+    params = parallel.replicate(model.params)
+
+    def measured(node, node_index, *arrays):
+        node = jax.tree.map(np.float32, node)
+        return on_devices(params, node, node_index, *parallel.shard(arrays))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    began = []
+    with tqdm(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", dynamic_ncols=True) as bar:
+
+        def progress(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+            began.append(time.monotonic())
+            if len(began) == 3:  # the first call compiled, the second did not
+                minutes = (began[2] - began[1]) * (total - done) / 60
+                bar.write(f"EMS: about {minutes:.1f} minutes, {total} calls of {began[2] - began[1]:.2f} s")
+
+        blocks = estimate.accumulate(
+            measured,
+            node,
+            images.take,
+            range(first_image, first_image + used),
+            experiment.image_shape,
+            batch_size=batch_size,
+            partial=path.with_suffix(".partial.npz"),
+            identity=f"{model.identity} {origin['sde']} {images.name} {guidance_scale} seed {seed}",
+            progress=progress,
+        )
+    write(model, path, moments.Saved(node.t, node.lam, blocks, origin), noise_of)
+    return path
+
+
+def write(model: experiments.Model, path: pathlib.Path, saved: moments.Saved, noise_of: Callable):
+    """Make statistics of moments; say how exact they are; write both, and a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    moments.save(path.with_suffix(moments.SUFFIX), saved)
+    node = estimate.nodes_at(model.experiment.sde, saved.t, saved.lam)
+    ems, without, sizes = estimate.with_errors(node, saved.blocks, saved.origin)
+    if constant := ems.origin["constant_f"]:
+        print(f"EMS: f is constant at {constant} of {ems.l.size} nodes and pixels; there s = 0 and b = f'")
+    if without:
+        ems = print_errors(model, ems, without, sizes, noise_of)
+    else:
+        print("EMS: one batch only, so no standard errors: use a smaller --batch_size or a larger --num_data")
+    statistics.save(path, ems)
+    figures.save_ems(path.with_suffix(".png"), ems.lam, {"l": ems.l, "s": ems.s, "b": ems.b}, f"EMS of {model.name}")
+    for_merging = path.with_suffix(moments.SUFFIX)
+    megabytes = for_merging.stat().st_size / 1e6
+    print(f"EMS: wrote {path}, its .png and, needed for merging alone, {for_merging.name} ({megabytes:.0f} MB)")
+
+
+JUDGED_STEPS, FINE_STEPS, JUDGED_SAMPLES = 10, 100, 32
+
+
+def print_errors(model: experiments.Model, ems: EMS, without: list[EMS], sizes: list[float], noise_of: Callable) -> EMS:
+    """Print the standard errors and whether the number of images suffices; the statistics, with that in their origin.
+
+    That is told from samples: of all images' statistics, and of those without each block, against a fine solution.
+    """
+    size = np.stack([np.sqrt(np.square(getattr(ems, key)).mean((1, 2, 3))) for key in "lsb"])
+    print("EMS: size +- standard error, root mean square over pixels, at some of the nodes")
+    print(f"     lam{'l':>14}{'s':>20}{'b':>20}")
+    for j in np.linspace(0, len(ems.lam) - 1, 9).astype(int):
+        columns = (f"{size[i, j]:8.3f} +- {ems.errors[i, j]:.1e}" for i in range(3))
+        print(f"  {ems.lam[j]:6.2f}" + "  ".join(columns))
+
+    tables = [experiments.build_tableau(model, "dpmv3", JUDGED_STEPS, part)[0] for part in (ems, *without)]
+    t_end = max(ems.t[-1], model.experiment.sde.t_min)
+    fine = dpm_solver_pp(model.experiment.sde, FINE_STEPS, order=2, t_end=t_end)
+    index = np.arange(-(-JUDGED_SAMPLES // jax.device_count()) * jax.device_count())
+    sample = experiments.sampler(model, noise_of, 0, purpose=3)
+    exact, whole, *parts = (sample(table, index) for table in (fine, *tables))
+    distance, error = experiments.rms(whole - exact), experiments.rms(moments.jackknife(whole, parts, sizes))
+
+    num_data = ems.origin["num_data"]
+    excess, wanted = estimate.needed(distance, error, num_data)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = ", ".join(
+            f"{np.nanmedian(share):.1%} of {key}" for key, share in zip("lsb", ems.errors / size, strict=True)
+        )
+    verdict = f"exact statistics would bring them {excess:.1%} nearer: K "
+    if excess <= estimate.TOLERANCE:
+        verdict += f"suffices (below {estimate.TOLERANCE:.0%})"
+    else:
+        verdict += f"does not suffice (above {estimate.TOLERANCE:.0%}), "
+        verdict += f"about {wanted} images would" if wanted else "take many more"
+    print(
+        f"EMS: K = {num_data} images: standard error {relative} (median over nodes; half of it with {4 * num_data}). "
+        f"It moves samples of {JUDGED_STEPS} evaluations by {error:.4f}, which are {distance:.4f} from the exact ODE; "
+        + verdict
+    )
+    judged = dict(evaluations=JUDGED_STEPS, distance=distance, standard_error=error, sufficient_num_data=wanted)
+    return ems._replace(origin=ems.origin | {"samples": judged})
+
+
+def merge(model: experiments.Model, paths: list[str]) -> pathlib.Path:
+    """The statistics of this model from several machines' moments (or statistics with their moments beside)."""
+    saved = [moments.load(path) for path in paths]
+    if saved[0].origin["checkpoint"] != model.identity:
+        raise UserError(
+            f"{paths[0]} was measured on checkpoint {saved[0].origin['checkpoint']}, the model is {model.name}: "
+            "name its run by --workdir"
+        )
+    whole, names = saved[0], paths[0]
+    for path, part in zip(paths[1:], saved[1:], strict=True):
+        whole, names = moments.add(whole, part, (names, path)), f"{names}, {path}"
+    path = path_of(model, whole.origin)
+    print(f"EMS: {len(paths)} measurements, {whole.origin['num_data']} images of {whole.origin['data']}")
+    write(model, path, whole, measured_noise(model.experiment, whole.origin["guidance_scale"]))
+    return path
+
+
+def take_published(model: experiments.Model, folder: str, *, t_end: float) -> pathlib.Path:
+    """Published statistics (l.npz, sb.npz), which tell of no model, taken for this model's."""
+    origin = dict(
+        checkpoint=model.identity,
+        step=model.step,
+        sde=statistics.describe_sde(model.experiment.sde),
+        t_end=t_end,
+        data=f"published {pathlib.Path(folder).name}",
+        num_data=0,
+        guidance_scale=None,
+        score_sde=VERSION,
+    )
+    shape = model.experiment.image_shape
+    ems = statistics.load_published(folder, model.experiment.sde, shape, t_end=t_end, origin=origin)
+    ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1))
+    path = model.workdir / "ems" / f"step{model.step}_nodes{len(ems.t) - 1}_published_end{t_end:g}.npz"
+    statistics.save(path, ems)
+    print(f"EMS: wrote {path}; whether they belong to {model.name}, and end at t={t_end:g}, their files do not tell")
+    return path
+
+
+def ems_of(model: experiments.Model, path: str | None = None, guidance_scale: float | None = None) -> EMS:
+    """The statistics that a sampler needs: of `path`, or found in the run, or measured now, once."""
+    guidance_scale = None if guidance_scale == 1 else guidance_scale
+    found = pathlib.Path(path) if path is not None else find(model, guidance_scale)
+    if found is None:
+        budget = model.experiment.config.ems
+        print(f"EMS: none yet for {model.name}; measuring once")
+        found = measure(model, **budget, guidance_scale=guidance_scale)
+    print(f"EMS: {found}")
+    return load(model, found, guidance_scale)
