@@ -17,7 +17,6 @@ Both tangents, the probe v and the ODE direction, share one linearization of the
 import math
 import pathlib
 import time
-import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -246,9 +245,9 @@ def accumulate(
 def _read_partial(path: pathlib.Path, identity: str) -> tuple[Moments, int] | None:
     """Moments and units done of a stopped estimate, or None if it belongs to another estimate or is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["identity"]) == identity:
-                return Moments(*(file[name] for name in Moments._fields)), int(file["done"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        found = files.load_npz(path)
+        if str(found["identity"]) == identity:
+            return Moments(*(found[name] for name in Moments._fields)), int(found["done"])
+    except (OSError, KeyError, ValueError):
         pass
     return None

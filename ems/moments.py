@@ -111,15 +111,25 @@ def load(path) -> Saved:
     """Read what `save` wrote; of statistics, the file of moments beside them."""
     path = pathlib.Path(path).with_suffix(SUFFIX)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            blocks = Moments.zeros(file["n"].shape, file["w"].shape[2:])
-            blocks = blocks._replace(n=file["n"], w=file["w"], mean=file["mean"])
-            for i, j in _UPPER:
-                blocks.second[:, :, i, j] = blocks.second[:, :, j, i] = file[f"second{i}{j}"]
-            return Saved(file["t"], file["lam"], blocks, json.loads(str(file["origin"])))
+        arrays = files.load_npz(path)
+        origin = json.loads(str(arrays.pop("origin")))
+        if missing := {*SHARED, "images", "num_data"} - {*origin}:
+            raise ValueError(f"its origin lacks {', '.join(sorted(missing))}")
+        arrays = {name: np.asarray(value, np.float64) for name, value in arrays.items()}
+        n, w = arrays["n"], arrays["w"]
+        if n.shape != (BLOCKS, arrays["t"].size) or w.shape[:2] != n.shape or w.ndim != 5:
+            raise ValueError(f"its arrays n and w are {n.shape} and {w.shape}")
+        shapes = dict.fromkeys(("t", "lam"), n.shape[1:]) | dict(n=n.shape, mean=(*n.shape, 3, *w.shape[2:]))
+        for name, value in arrays.items():
+            if value.shape != shapes.get(name, w.shape) or not np.isfinite(value).all():
+                raise ValueError(f"{name} is {value.shape}, expected finite {shapes.get(name, w.shape)}")
+        blocks = Moments.zeros(n.shape, w.shape[2:])._replace(n=n, w=w, mean=arrays["mean"])
+        for i, j in _UPPER:
+            blocks.second[:, :, i, j] = blocks.second[:, :, j, i] = arrays[f"second{i}{j}"]
+        return Saved(arrays["t"], arrays["lam"], blocks, origin)
     except FileNotFoundError:
         raise UserError(f"no moments {path}: copy the file that python -m ems wrote beside the statistics") from None
-    except Exception as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} holds no moments ({error}): give what python -m ems wrote, *{SUFFIX}") from None
 
 

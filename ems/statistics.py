@@ -57,27 +57,40 @@ def save(path, ems: EMS):
 def load(path) -> EMS:
     """Read what `save` wrote, now or before it wrote errors."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            fields = {name: file[name] for name in EMS._fields if name in file or name not in EMS._field_defaults}
-        origin = json.loads(str(fields.pop("origin")))
+        fields = files.load_npz(path, EMS._fields)
+        origin = _origin(fields.pop("origin"))
         fields = {name: np.asarray(value, np.float64) for name, value in fields.items()}
+        ems = EMS(**fields, origin=origin)
     except FileNotFoundError:
         raise UserError(f"no EMS file {path}: measure them with python -m ems") from None
-    except Exception as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is not an EMS file ({error}): measure them again with python -m ems") from None
-    n = len(fields["t"])
-    for name in ("lam", "l", "s", "b"):
-        if len(fields[name]) != n or not np.isfinite(fields[name]).all():
-            raise UserError(f"{path}: {name} is damaged (shape {fields[name].shape}, {n} nodes expected, all finite)")
-    return EMS(**fields, origin=origin)
+    n, pixels = ems.t.size, ems.l.shape[1:]
+    shapes = dict(t=(n,), lam=(n,)) | dict.fromkeys("lsb", (n, *pixels)) | dict(errors=(3, n))
+    for name, value in fields.items():
+        rising = name != "lam" or (value.shape == (n,) and n > 1 and (np.diff(value) > 0).all())
+        pictures = name not in "lsb" or len(pixels) == 3
+        if value.shape != shapes[name] or not pictures or not np.isfinite(value).all() or not rising:
+            raise UserError(
+                f"{path}: {name} is damaged (shape {value.shape}, {n} nodes expected, all finite, lam rising): "
+                "measure them again with python -m ems"
+            )
+    return ems
+
+
+def _origin(text: np.ndarray) -> dict:
+    """The origin of an EMS file."""
+    origin = json.loads(str(text))
+    if not isinstance(origin, dict):
+        raise ValueError("its origin is no dictionary")
+    return origin
 
 
 def load_origin(path) -> dict:
     """The origin alone of an EMS file, without reading its arrays."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return json.loads(str(file["origin"]))
-    except Exception as error:
+        return _origin(files.load_npz(path, ["origin"])["origin"])
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is not an EMS file ({error}): delete it and measure again, python -m ems") from None
 
 
@@ -97,9 +110,9 @@ def load_published(folder, sde: SDE, image_shape: tuple[int, int, int], *, t_end
     folder, arrays = pathlib.Path(folder), {}
     for name, keys in (("l.npz", "l"), ("sb.npz", "sb")):
         try:
-            with np.load(folder / name, allow_pickle=False) as file:
-                arrays |= {key: file[key] for key in keys}
-        except Exception as error:
+            found = files.load_npz(folder / name, keys)
+            arrays |= {key: np.asarray(found[key], np.float64) for key in keys}
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{folder / name} holds no published statistics ({error}): expected l.npz with l, sb.npz with s and b"
             ) from None

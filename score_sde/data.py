@@ -16,6 +16,7 @@ import io
 import itertools
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from score_sde import files
 from score_sde.errors import UserError
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` refuses them by name
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of the decoders behind Pillow's many others, one starts a program
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit images of that many channels
 RESIZE_RULES = ("none", "pad", "crop_resize", "resize_crop")
 MAX_PIXELS = 2**26  # of one encoded image: a few bytes of a hostile file can ask for gigabytes
@@ -279,7 +283,9 @@ def central(image: Image.Image, side: int) -> Image.Image:
 def decode(encoded: bytes | Path, where: str) -> Image.Image:
     """An encoded image of at most MAX_PIXELS and 8 bits a channel."""
     try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        # whole, since a file allocates what a damaged header asks it to read, and bytes do not
+        content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{where} is {image.width}x{image.height}: more than {MAX_PIXELS} pixels")
             if image.mode.startswith(("I", "F")):
@@ -360,9 +366,10 @@ def from_digits() -> dict[str, Raw]:
 def from_npz(path: Path) -> dict[str, Raw]:
     """`images` [and `labels`], or `train_images`, `test_images` [and `train_labels`, `test_labels`]."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files if key.endswith(("images", "labels"))}
-    except Exception as error:  # zipfile, zlib and NumPy raise many types on a damaged file
+        arrays = files.load_npz(
+            path, [f"{split}{key}" for split in ("", "train_", "test_") for key in ("images", "labels")]
+        )
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable .npz of plain arrays: {one_line(error)}") from error
     prefixes = {"train": ""} if "images" in arrays else {"train": "train_", "test": "test_"}
     splits = {
@@ -383,8 +390,7 @@ def from_idx(path: Path) -> Raw:
 
 def read_idx(path: Path, rank: int) -> np.ndarray:
     """The uint8 array of an IDX file: bytes 0, 0, 8, rank, then big-endian int32 sizes, then the values."""
-    # Deflate shrinks at most 1032 times, so a header that promises more is lying and nothing is allocated for it.
-    most = path.stat().st_size * (1032 if path.suffix == ".gz" else 1)
+    most = path.stat().st_size * (files.MOST_DEFLATED if path.suffix == ".gz" else 1)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = file.read(4 + 4 * rank)

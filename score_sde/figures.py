@@ -1,7 +1,6 @@
 """Pictures of a run: image grids and curves. Every function writes one .png and returns nothing."""
 
 import math
-import pathlib
 
 import matplotlib
 import numpy as np
@@ -9,6 +8,8 @@ from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from score_sde import files
 
 SMALL = 64  # pixels: smaller images are magnified
 
@@ -31,7 +32,8 @@ def save_grid(path, images: np.ndarray, columns: int | None = None):
     """Write a grid of uint8 images (N, H, W, C), small ones magnified by a whole factor."""
     factor = max(1, SMALL // images.shape[1])
     grid = image_grid(images.repeat(factor, 1).repeat(factor, 2), columns)
-    Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(path)
+    with files.replacing(path) as file:
+        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(file, "png")
 
 
 def save_ems(path, lam: np.ndarray, statistics: dict[str, np.ndarray], title: str):
@@ -63,6 +65,24 @@ def save_convergence(path, steps, distances: dict[str, list[float]], title: str)
     _save(figure, path)
 
 
+def save_loss(path, loss, held_out, title: str):
+    """Training loss and, if not None, that of averaged parameters on test images; each (steps, values)."""
+    figure, axis = plt.subplots(figsize=(6.8, 3.2), layout="constrained")
+    steps, values = loss
+    window = max(1, len(values) // 50)
+    smooth = np.convolve(values, np.full(window, 1 / window), "valid")
+    axis.plot(steps, values, color="tab:blue", alpha=0.25, label="training, one batch")
+    axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window}")
+    if held_out is not None:
+        axis.plot(*held_out, "o-", markersize=3, color="tab:orange", label="test, averaged parameters")
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure, path):
-    figure.savefig(pathlib.Path(path), dpi=120)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)

@@ -18,7 +18,7 @@ from absl import flags
 import configs
 import experiment as experiments
 from configs import base, models
-from score_sde import checkpoint, training
+from score_sde import checkpoint, files, training
 from score_sde.errors import UserError
 from score_sde.importers import foreign, from_flax, from_torch, to_torch
 from score_sde.models.classifier import CLASSIFIERS
@@ -29,13 +29,13 @@ RAW = flags.DEFINE_bool("raw", False, "Take the parameters themselves instead of
 EXPORT = flags.DEFINE_string("export", None, "Write a run's averaged parameters to this .npz, under PyTorch names.")
 
 
-def main(files: list[str]):
+def main(arguments: list[str]):
     if EXPORT.value is not None:
         export()
-    elif len(files) != 1 or WORKDIR.value is None:
+    elif len(arguments) != 1 or WORKDIR.value is None:
         raise UserError("give one checkpoint file, --config=... and --workdir=...")
     else:
-        load(files[0])
+        load(arguments[0])
 
 
 def load(file: str):
@@ -99,8 +99,7 @@ def export():
     """The averaged parameters of a run's last checkpoint, as arrays that PyTorch loads by name."""
     model = experiments.open_model(WORKDIR.value)
     arrays = to_torch(model.params, model.experiment.network, model.experiment.image_shape)
-    with open(EXPORT.value, "wb") as file:
-        np.savez(file, **arrays)
+    files.save_npz(EXPORT.value, arrays)
     print(f"wrote {len(arrays)} arrays to {EXPORT.value}; load them with load_state_dict(..., strict=False)")
 
 

@@ -67,11 +67,14 @@ def main():
     )
     kept = pathlib.Path("runs") / f"resnet20_{NAME.value}" / "state.npz"
     if kept.exists():
-        with np.load(kept, allow_pickle=False) as file:
-            if str(file["identity"]) != identity:
-                raise UserError(f"{kept} belongs to another training ({file['identity']}): remove it or change --name")
-            start = int(file["step"])
-            leaves = [jnp.asarray(file[f"leaf{i}"]) for i in range(len(jax.tree.leaves(state)))]
+        try:
+            found = files.load_npz(kept)
+            theirs, start = str(found["identity"]), int(found["step"])
+            leaves = [jnp.asarray(found[f"leaf{i}"]) for i in range(len(jax.tree.leaves(state)))]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{kept} is damaged ({error}): remove it to start again") from None
+        if theirs != identity:
+            raise UserError(f"{kept} belongs to another training ({theirs}): remove it or change --name")
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
         print(f"continuing at step {start} of {num_steps}")
 

@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -92,7 +91,7 @@ def local_networks() -> dict[str, pathlib.Path]:
 
 
 def extract(network: FeatureNetwork, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(features, logits), float32, of each batch of uint8 images (B, H, W, C), over all local devices.
+    """(features, logits), float32, of each batch of uint8 images (B, H, W, C), over all devices.
 
     Every batch is filled up to the size of the first, so that one program is compiled, and cut again.
     """
@@ -100,7 +99,7 @@ def extract(network: FeatureNetwork, batches: Iterable[np.ndarray]) -> Iterator[
     params, size = parallel.replicate(network.params), None
     for images in batches:
         images = as_channels(images, network)
-        size = size or -(-len(images) // jax.local_device_count()) * jax.local_device_count()
+        size = size or parallel.round_up(len(images))
         if len(images) > size:
             raise ValueError(f"a batch of {len(images)} came after one of {size}")
         padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))
@@ -153,9 +152,9 @@ def measure(
     missing = [bounds for bounds in ranges if folder is None or not kept(*bounds).exists()]
     measured = extract(network, (images_of(*bounds) for bounds in missing))
     for bounds in progress(ranges):
-        if folder is not None and kept(*bounds).exists():
-            with np.load(kept(*bounds), allow_pickle=False) as file:
-                found = file["features"], file["logits"]
+        if bounds not in missing:
+            arrays = files.load_npz(kept(*bounds))
+            found = arrays["features"], arrays["logits"]
         else:
             found = next(measured)
             if folder is not None:
@@ -198,12 +197,12 @@ def save(path: pathlib.Path, found: Statistics) -> None:
 def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
     """A file by `save`, refused unless it was made with this network; or the mu and sigma of pytorch-fid or TTUR."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        provenance = json.loads(str(arrays.get("provenance", "{}")))
+        arrays = files.load_npz(path, ("mu", "sigma", "n", "features", "provenance"))
+        provenance = dict(json.loads(str(arrays.get("provenance", "{}"))))
         mean, covariance = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
         n = int(arrays["n"]) if "n" in arrays else None
-    except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
+        features = np.asarray(arrays["features"], np.float32) if "features" in arrays else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         told = "no mu and sigma" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
         raise UserError(f"{path} is no file of statistics ({told}): expected an .npz with mu and sigma") from None
     size = (network.dimension,)
@@ -212,15 +211,17 @@ def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
             f"{path} has mu {mean.shape} and sigma {covariance.shape}, but {network.name} has {size[0]} features: "
             "it was made with another network"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path} holds numbers that are not finite")
+    if features is not None and features.shape[1:] != size:
+        raise UserError(f"{path} has features {features.shape}, expected (images, {size[0]}): make it again")
+    if not all(np.isfinite(array).all() for array in (mean, covariance, *([] if features is None else [features]))):
+        raise UserError(f"{path} holds numbers that are not finite: make it again")
     for key, ours in network.identity().items():
         if provenance and provenance.get(key) != ours:
             raise UserError(
                 f"{path} was made with {key} {provenance.get(key)!r}, this is {ours!r}: "
                 "make it again, python evaluate.py --statistics"
             )
-    return Statistics(mean, covariance, n, arrays.get("features"), provenance)
+    return Statistics(mean, covariance, n, features, provenance)
 
 
 def fingerprint(*parts: object) -> str:

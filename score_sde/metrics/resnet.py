@@ -6,7 +6,6 @@ features compare models of one data set with each other; they are not FIDs. Trai
 """
 
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -67,17 +66,17 @@ def save(path: str | os.PathLike, params: dict, provenance: dict) -> None:
 def load(path: str | os.PathLike) -> tuple[dict, dict, str]:
     """(float32 parameters, provenance, SHA-256 of the file) of a file by `save`; UserError if it is none."""
     try:
-        content = pathlib.Path(path).read_bytes()
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays, sha256 = files.load_npz(path), hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
         provenance = json.loads(str(arrays.pop("provenance")))
         shapes = _shapes(tuple(provenance["image_shape"]), provenance["num_classes"])
     except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
         raise UserError(f"{path} holds no weights of a ResNet-20: {' '.join(str(error).split())[:100]}") from None
     if {name: array.shape for name, array in arrays.items()} != shapes:
         raise UserError(f"{path} holds no weights of a ResNet-20: its arrays have other names or shapes")
+    if any(array.dtype.kind != "f" or not np.isfinite(array).all() for array in arrays.values()):
+        raise UserError(f"{path} holds no weights of a ResNet-20: not all are finite floats")
     params = traverse_util.unflatten_dict({k: v.astype(np.float32) for k, v in arrays.items()}, sep="/")
-    return params, provenance, hashlib.sha256(content).hexdigest()
+    return params, provenance, sha256
 
 
 def _shapes(image_shape: tuple[int, int, int], num_classes: int) -> dict[str, tuple[int, ...]]:

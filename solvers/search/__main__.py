@@ -15,13 +15,12 @@ import json
 import sys
 import time
 
-import jax
 import numpy as np
 from absl import flags
 
 import experiment as experiments
 import model_statistics
-from score_sde import VERSION, files
+from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
@@ -93,7 +92,7 @@ def main():
         command=" ".join(sys.argv),
         score_sde=VERSION,
     )
-    path = model.workdir / "solvers" / f"step{model.step}-{solver}-{steps}.json"
+    path = model.results / "solvers" / f"step{model.step}-{solver}-{steps}.json"
     files.write(path, json.dumps(record, indent=2) + "\n")
     print(f"wrote {path}; use it by python sample.py --tableau={path}")
 
@@ -101,7 +100,7 @@ def main():
 def distance_to_fine(model, seed: int):
     """tableau -> RMS distance, over pixels and noises, of its end points to those of the fine solution."""
     experiment = model.experiment
-    index = np.arange(-(-NOISES.value // jax.device_count()) * jax.device_count())
+    index = np.arange(parallel.round_up(NOISES.value))
     sample = experiments.sampler(model, lambda params, *_: experiment.noise_of(params), seed)
     solve = lambda table: sample(tableau.uniform(table, max(4, table.history), experiment.image_shape), index)
     fine = solve(dpm_solver_pp(experiment.sde, experiment.config.eval.fine_steps, order=2))
