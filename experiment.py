@@ -21,10 +21,11 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
+from tqdm import tqdm
 
 from configs import base
 from ems.statistics import EMS
-from score_sde import checkpoint, data, denoiser, files, guidance, models, parallel, training
+from score_sde import checkpoint, data, denoiser, files, guidance, models, packed, parallel, training
 from score_sde.denoiser import NoiseFn
 from score_sde.errors import UserError
 from score_sde.models.classifier import CLASSIFIERS, logits_fn
@@ -34,8 +35,20 @@ from solvers.dpm_solver_v3 import published_options
 from solvers.tableau import Tableau
 
 RUNS = pathlib.Path("runs")
+PRETRAINED = pathlib.Path(os.path.relpath(pathlib.Path(__file__).resolve().parent / "pretrained"))
+BOXED = "fashion_mnist"  # the packed model that is taken where there is no run
+DATASET_AT = flags.DEFINE_string("dataset_at", None, "Where a run's data set is now, if not where its config says.")
+CACHE = str(pathlib.Path.home() / ".cache" / "score_sde")
+COMPILATION_CACHE = flags.DEFINE_string("compilation_cache", None, f"Of compiled programs: a folder, {CACHE}, or off.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several; see docs/pods.md.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this program.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0 on.", lower_bound=0)
 # Fields by which a run may differ from the one it continues: they do not change what its parameters are.
-FREE = ("training.n_iters", "training.log_freq", "training.eval_freq", "training.checkpoint_freq", "training.keep_freq")
+FREE = (
+    *(f"training.{field}" for field in ("n_iters", "log_freq", "eval_freq", "checkpoint_freq", "keep_freq")),
+    *("training.accumulate", "training.non_finite"),
+)
+REFUSALS = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "ENOTDIR", "EISDIR")  # of a disk, which its user can mend
 FREE_SECTIONS = ("sampling.", "ems.", "eval.")
 
 
@@ -45,27 +58,30 @@ FREE_SECTIONS = ("sampling.", "ems.", "eval.")
 def run(main: Callable[..., None], *, files: bool = False):
     """Run a program after parsing its flags. A UserError, or a disk that refuses, is one line and exit code 2.
 
+    Of several processes the first alone talks; if one dies, the others end with exit code 75.
     files: whether it takes arguments that are no flags; main is called with them.
     """
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # errors of writers come back to us anyway
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "score_sde"))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    # TensorStore's readers of a damaged checkpoint still answer when Orbax has given up
+    sys.unraisablehook = lambda found: str(found.exc_value) == "Event loop is closed" or sys.__unraisablehook__(found)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     def guarded(argv):
-        if files:
-            return main(argv[1:])
-        if len(argv) > 1:
+        cache = COMPILATION_CACHE.value or os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)
+        jax.config.update("jax_compilation_cache_dir", None if cache == "off" else cache)
+        if len(argv) > 1 and not files:
             raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
-        return main()
+        parallel.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        with parallel.together():
+            return main(argv[1:]) if files else main()
 
     try:
         app.run(guarded, flags_parser=_parse)
     except UserError as error:
         _fail(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR):
+        if errno.errorcode.get(error.errno) not in REFUSALS:
             raise
         _fail(
             f"cannot write {error.filename or 'to disk'}: {error.strerror}: free some space or choose another --workdir"
@@ -76,18 +92,25 @@ def run(main: Callable[..., None], *, files: bool = False):
 
 
 def _fail(error):
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    parallel.leave(2)
 
 
 def _parse(argv):
-    """Parse flags; whatever absl and ml_collections raise about a flag becomes one line."""
+    """Parse flags; whatever absl, ml_collections and the code of a config raise becomes one line."""
     try:
         return flags.FLAGS(argv)
     except UserError:
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except Exception as error:  # a config is anyone's code
+        file = next((argument for argument in argv if argument.lstrip("-").startswith("config=")), None)
+        where = "" if file is None or isinstance(error, flags.Error) else f"{file}: {type(error).__name__}: "
+        raise UserError(where + " ".join(str(error).replace("\\n", " ").split())) from None
+
+
+def progress(*iterable, **options) -> tqdm:
+    """A progress bar, shown by the process that talks."""
+    return tqdm(*iterable, dynamic_ncols=True, disable=not parallel.writes(), **options)
 
 
 def config_flag():
@@ -99,9 +122,13 @@ def config_flag():
 
 def config_of(flag) -> ConfigDict:
     """The value of `config_flag()`, given or refused."""
-    file = flags.FLAGS["config"].config_filename
-    if file is None or not pathlib.Path(file).is_file():
+    given = flags.FLAGS["config"]
+    file = given.config_filename if given.present else "is given"
+    if not pathlib.Path(file).is_file():
         raise UserError(f"no config file {file}: choose one of configs/, as in --config=configs/digits.py")
+    if not isinstance(flag.value, ConfigDict):
+        raise UserError(f"--config={file} gives {flag.value!r}: get_config must return configs.base.get_config()")
+    check_fields(flag.value, file)
     return flag.value
 
 
@@ -126,10 +153,37 @@ def check_fields(config: ConfigDict, source: str):
             raise UserError(f"{source}: unknown field {field}" + (f", did you mean {near[0]}?" if near else ""))
 
 
+def check_values(config: ConfigDict, source: str = "the config"):
+    """Refuse fields that are missing, of another type than their default, or outside the rules of configs/base.py."""
+    given, known = flat(config), flat(base.get_config())
+    for field, default in known.items():
+        if field.startswith(("sde.", "model.")) or default is None:
+            continue
+        if field not in given:
+            raise UserError(f"{source} has no {field}: start from configs.base.get_config(), where it is {default!r}")
+        if not fits(given[field], default):
+            raise UserError(f"{field} of {source} is {given[field]!r}: expected a value like {default!r}")
+    for expected, holds, fields in base.RULES:
+        for field in fields:
+            try:
+                held = field not in given or holds(given[field])
+            except TypeError:
+                held = False
+            if not held:
+                raise UserError(f"{field} of {source} is {given[field]!r}: expected {expected}")
+
+
+def fits(value, default) -> bool:
+    """Whether a value is of the type of a default; whole numbers are numbers, and lists, as JSON has them, tuples."""
+    kinds = {float: (int, float), tuple: (tuple, list)}
+    kind = kinds.get(type(default), type(default))
+    return isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
+
+
 def construct(table: dict, section: ConfigDict, what: str, **more):
     """table[section.name](**section, **more), with the mistakes that a config can make in it named."""
     arguments = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in section.items()}
-    name = arguments.pop("name")
+    name = arguments.pop("name", None)
     if name not in table:
         raise UserError(f"unknown {what} {name!r}: use one of {', '.join(table)}")
     try:
@@ -258,18 +312,17 @@ def checked_labels(images: data.Images, num_classes: int, field: str) -> data.Im
 
 def build(config: ConfigDict) -> Experiment:
     """The objects of a config; mistakes in it are named here, before any work."""
-    sde = construct(SDES, config.sde, "SDE")
-    if config.model.name in CLASSIFIERS:
+    check_values(config)
+    sde = build_sde(config)
+    if config.model.get("name") in CLASSIFIERS:
         return build_classifier(config, sde)
     fields = config.denoiser
     for name, table in (("output", denoiser.OUTPUTS), ("label", denoiser.LABELS)):
         if fields[name] not in table:
             raise UserError(f"unknown denoiser.{name} {fields[name]!r}: use one of {', '.join(table)}")
     hidden = config.training.label_dropout
-    if not 0 <= hidden < 1 or (hidden and not config.model.get("num_classes")):
-        raise UserError(
-            f"training.label_dropout is {hidden}: expected a share in [0, 1), and 0 unless model.num_classes is set"
-        )
+    if hidden and not config.model.get("num_classes"):
+        raise UserError(f"training.label_dropout is {hidden}: expected 0 unless model.num_classes is set")
     noise_levels = {k: v for k, v in config.sde.items() if k in ("sigma_min", "sigma_max")}
     network = construct(
         models.MODELS,
@@ -285,8 +338,33 @@ def build(config: ConfigDict) -> Experiment:
         apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys)
         return denoiser.noise_fn(apply, sde, output=fields.output, label=fields.label, num_scales=fields.num_scales)
 
-    experiment = Experiment(config, sde, network, noise_of)
-    experiment.params_template()  # an impossible image size or network speaks up now
+    return checked_network(Experiment(config, sde, network, noise_of))
+
+
+def build_sde(config: ConfigDict) -> SDE:
+    """The SDE of a config, refused unless time runs from data to noise in it."""
+    sde = construct(SDES, config.sde, "SDE")
+    with np.errstate(all="ignore"):
+        lam = sde.lam(np.linspace(sde.t_min, sde.t_max, 64))
+    if not (0 < sde.t_min < sde.t_max and np.isfinite(lam).all() and (np.diff(lam) < 0).all()):
+        raise UserError(
+            f"there is no SDE with {shown(config.sde.to_dict())}: expected 0 < t_min < t_max, and alpha / sigma "
+            "positive and falling between them"
+        )
+    if not config.training.t_min < sde.t_max:
+        raise UserError(f"training.t_min is {config.training.t_min}: expected less than the SDE's end, {sde.t_max:g}")
+    return sde
+
+
+def checked_network(experiment: Experiment) -> Experiment:
+    """The experiment, refused if its network cannot take its images."""
+    try:
+        experiment.params_template()
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise UserError(
+            f"no network with {shown(experiment.config.model.to_dict())} takes images of {experiment.image_shape}: "
+            f"{data.one_line(error)}"
+        ) from None
     return experiment
 
 
@@ -294,9 +372,7 @@ def build_classifier(config: ConfigDict, sde: SDE) -> Experiment:
     """The objects of a config whose `model` is a noise-conditional classifier."""
     network = construct(CLASSIFIERS, config.model, "classifier")
     apply = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
-    experiment = Experiment(config, sde, network, None, lambda params: logits_fn(apply(params), sde))
-    experiment.params_template()
-    return experiment
+    return checked_network(Experiment(config, sde, network, None, lambda params: logits_fn(apply(params), sde)))
 
 
 # ------------------------------------------------------------------------------------------------ run folders
@@ -305,6 +381,8 @@ def build_classifier(config: ConfigDict, sde: SDE) -> Experiment:
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict):
     """Make `workdir` the folder of this config; refuse one that holds another experiment."""
     known = workdir / "config.json"
+    if packed.is_packed(workdir):
+        raise UserError(f"{workdir} holds a packed model, which is not trained further: choose another --workdir")
     if known.exists():
         theirs, ours = flat(read_config(workdir)), flat(config)
         for field in ours:
@@ -316,7 +394,10 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict):
                 )
     elif workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no config.json: choose another --workdir")
-    files.write(known, json.dumps(config.to_dict(), indent=2) + "\n")
+    parallel.wait_for_all("config is read")
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    if not known.exists() or known.read_text() != text:
+        files.write(known, text)
 
 
 def _plain(value):
@@ -332,21 +413,38 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         )
     try:
         config = ConfigDict(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a config: {error}") from None
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is not a config: {data.one_line(error)}: restore what train.py wrote") from None
     check_fields(config, str(path))
+    for section in ("seed", "sde", "model"):
+        if section not in config:
+            raise UserError(f"{path} has no {section}: restore the file that train.py wrote")
     for section, fields in base.get_config().items():
         if section not in ("seed", "sde", "model"):  # a run may be older than a field
             config[section] = ConfigDict(fields.to_dict() | config.get(section, ConfigDict()).to_dict())
+    check_values(config, str(path))
+    return config
+
+
+def config_of_run(folder: pathlib.Path) -> ConfigDict:
+    """`read_config`, with the data set of --dataset_at."""
+    config = read_config(folder)
+    if flags.FLAGS.is_parsed() and DATASET_AT.value is not None:
+        config.data.dataset = DATASET_AT.value
     return config
 
 
 def newest_run() -> pathlib.Path:
-    """The run folder under runs/ of a model of images, not a classifier, whose checkpoints changed last."""
+    """The run folder under runs/ of a model of images, not a classifier, whose checkpoints changed last.
+
+    Where there is none, the packed model of this package.
+    """
     found = [path.parent for path in RUNS.glob("*/checkpoints") if (path.parent / "config.json").is_file()]
     for run in sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
         if read_config(run).model.name not in CLASSIFIERS:
             return run
+    if packed.is_packed(PRETRAINED / BOXED):
+        return PRETRAINED / BOXED
     raise UserError(f"no run in {RUNS}/: train one first, python train.py --config=configs/digits.py")
 
 
@@ -363,25 +461,47 @@ class Model(NamedTuple):
     def name(self) -> str:
         return f"{self.workdir} at step {self.step} ({self.identity})"
 
+    @property
+    def results(self) -> pathlib.Path:
+        """Where what is made with it belongs: its run folder, or for a packed model one beside the runs."""
+        return RUNS / "pretrained" / self.workdir.name if packed.is_packed(self.workdir) else self.workdir
+
 
 def open_model(workdir: str | None, step: int | None = None, *, classifier: bool = False) -> Model:
-    """The model of a run folder (the newest under runs/ if None), at a step (the last if None). Says which.
+    """The model of a run folder or a packed one (`newest_run` if None), at a step (the last if None). Says which.
 
     classifier: whether the run must be a classifier's; it must not, otherwise.
     """
     folder = newest_run() if workdir is None else pathlib.Path(workdir)
     if not folder.is_dir():
         raise UserError(f"no such workdir {folder}: train first, python train.py --config=configs/digits.py")
-    experiment = build(read_config(folder))
+    experiment = build(config_of_run(folder))
     if classifier != (experiment.logits_of is not None):
         held, wanted = ("a model of images", "a classifier") if classifier else ("a classifier", "a model of images")
         example = "classifier/digits" if classifier else "digits"
         raise UserError(f"{folder} holds {held}, not {wanted}: train one with --config=configs/{example}.py")
+    if packed.is_packed(folder):
+        return open_packed(folder, experiment, step)
     checkpoints = checkpoint.Checkpoints(folder)
-    step = checkpoints.step_or_last(step)
-    params = checkpoints.restore_ema(step, experiment.params_template())
+    read = lambda step: checkpoints.restore_ema(step, experiment.params_template())
+    checkpoints.step_or_last(step)  # says what there is
+    step, params = checkpoints.last(read) if step is None else (step, read(step))
     model = Model(folder, experiment, params, step, checkpoint.identity(params))
     print(f"{'classifier' if classifier else 'model'}: {model.name}")
+    return model
+
+
+def open_packed(folder: pathlib.Path, experiment: Experiment, step: int | None) -> Model:
+    """`open_model` of a packed model, which has one step."""
+    params, provenance = packed.load(folder, experiment.params_template())
+    model = Model(folder, experiment, params, provenance["step"], provenance["identity"])
+    if step not in (None, model.step):
+        raise UserError(f"no checkpoint of step {step} in {folder}: a packed model has one, of step {model.step}")
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(
+        f"model: {model.name}, trained here for the box on {experiment.config.data.dataset}, "
+        f"{size / 1e6:.2f} M parameters; {folder / 'card.md'} tells more"
+    )
     return model
 
 
@@ -472,8 +592,10 @@ def read_search(model: Model, path: str) -> tuple[str, int, dict]:
     try:
         found = json.loads(pathlib.Path(path).read_text())
         solver, steps, options, identity = (found[key] for key in ("solver", "steps", "options", "checkpoint"))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no file of python -m solvers.search") from None
+        if not (fits(steps, 1) and fits(options, {}) and steps > 0):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is no file of python -m solvers.search: make one for this model") from None
     if identity != model.identity:
         raise UserError(f"{path} was searched for checkpoint {identity}, this is {model.identity}: search again")
     return solver, steps, options

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import experiment as experiments
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
-from score_sde import VERSION, data, figures, parallel
+from score_sde import VERSION, data, figures, files, parallel
 from score_sde.errors import UserError
 from solvers.dpm_solver import dpm_solver_pp
 
@@ -32,14 +31,15 @@ def path_of(model: experiments.Model, origin: dict) -> pathlib.Path:
     }
     name += "".join(f"{key}{value:g}" for key, value in apart.items() if value is not None)
     name += "" if origin["data"] == model.experiment.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
-    return model.workdir / "ems" / f"{name.replace(' ', '_')}.npz"
+    return model.results / "ems" / f"{name.replace(' ', '_')}.npz"
 
 
 def find(model: experiments.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
     """The run's statistics of this checkpoint and guidance: on data before own samples, on most images, then nodes."""
+    measured = sorted((model.results / "ems").glob(f"step{model.step}_*.npz"))
     found = {
         path: statistics.load_origin(path)
-        for path in sorted((model.workdir / "ems").glob(f"step{model.step}_*.npz"))
+        for path in [*measured, *model.workdir.glob("ems.npz")]  # the latter of a packed model
         if not path.name.endswith(".partial.npz")
     }
     rank = lambda path: (
@@ -111,9 +111,9 @@ def latents(experiment: experiments.Experiment, path: str) -> Source:
     """x0 as it is, from an .npz: `latents` (K, H, W, C) of floats, and `labels` (K,) if the network has classes."""
     keys = ["latents", "labels"] if experiment.num_classes else ["latents"]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in keys}
-    except Exception as error:  # zipfile, zlib and NumPy raise many types on a damaged file
+        found = files.load_npz(path, keys)
+        arrays = {key: found[key] for key in keys}
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--data={path}: expected samples, or an .npz with {' and '.join(keys)} ({error})") from None
     x0 = arrays["latents"]
     if x0.shape[1:] != experiment.image_shape or x0.dtype.kind != "f" or not np.isfinite(x0).all():
@@ -172,6 +172,8 @@ def measure(
     """
     experiment = model.experiment
     guidance_scale = None if guidance_scale == 1 else guidance_scale
+    if guidance_scale is not None and not np.isfinite(guidance_scale):
+        raise UserError(f"guidance {guidance_scale:g}: expected a number, such as 2.0")
     noise_of = noise_of or measured_noise(experiment, guidance_scale)
     t_end = experiment.sde.t_min if t_end is None else t_end
     node = estimate.nodes(experiment.sde, nodes, t_end=t_end)
@@ -226,11 +228,12 @@ def measure(
 
     def measured(node, node_index, *arrays):
         node = jax.tree.map(np.float32, node)
-        return on_devices(params, node, node_index, *parallel.shard(arrays))
+        found = parallel.gather(on_devices(params, node, node_index, *parallel.shard(arrays)))
+        return jax.tree.map(lambda x: x.reshape(-1, len(node_index), *x.shape[1:]), found)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     began = []
-    with tqdm(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", dynamic_ncols=True) as bar:
+    with experiments.progress(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
 
         def progress(done, total):
             bar.total = total
@@ -292,7 +295,7 @@ def print_errors(model: experiments.Model, ems: EMS, without: list[EMS], sizes: 
     tables = [experiments.build_tableau(model, "dpmv3", JUDGED_STEPS, part)[0] for part in (ems, *without)]
     t_end = max(ems.t[-1], model.experiment.sde.t_min)
     fine = dpm_solver_pp(model.experiment.sde, FINE_STEPS, order=2, t_end=t_end)
-    index = np.arange(-(-JUDGED_SAMPLES // jax.device_count()) * jax.device_count())
+    index = np.arange(parallel.round_up(JUDGED_SAMPLES))
     sample = experiments.sampler(model, noise_of, 0, purpose=3)
     exact, whole, *parts = (sample(table, index) for table in (fine, *tables))
     distance, error = experiments.rms(whole - exact), experiments.rms(moments.jackknife(whole, parts, sizes))
@@ -321,6 +324,9 @@ def print_errors(model: experiments.Model, ems: EMS, without: list[EMS], sizes: 
 def merge(model: experiments.Model, paths: list[str]) -> pathlib.Path:
     """The statistics of this model from several machines' moments (or statistics with their moments beside)."""
     saved = [moments.load(path) for path in paths]
+    for path, part in zip(paths, saved, strict=True):
+        if missing := {"nodes", "t_end", "seed"} - {*part.origin}:
+            raise UserError(f"{path} does not tell its {', '.join(sorted(missing))}: give what python -m ems wrote")
     if saved[0].origin["checkpoint"] != model.identity:
         raise UserError(
             f"{paths[0]} was measured on checkpoint {saved[0].origin['checkpoint']}, the model is {model.name}: "
@@ -350,7 +356,7 @@ def take_published(model: experiments.Model, folder: str, *, t_end: float) -> pa
     shape = model.experiment.image_shape
     ems = statistics.load_published(folder, model.experiment.sde, shape, t_end=t_end, origin=origin)
     ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1))
-    path = model.workdir / "ems" / f"step{model.step}_nodes{len(ems.t) - 1}_published_end{t_end:g}.npz"
+    path = model.results / "ems" / f"step{model.step}_nodes{len(ems.t) - 1}_published_end{t_end:g}.npz"
     statistics.save(path, ems)
     print(f"EMS: wrote {path}; whether they belong to {model.name}, and end at t={t_end:g}, their files do not tell")
     return path
@@ -364,5 +370,6 @@ def ems_of(model: experiments.Model, path: str | None = None, guidance_scale: fl
         budget = model.experiment.config.ems
         print(f"EMS: none yet for {model.name}; measuring once")
         found = measure(model, **budget, guidance_scale=guidance_scale)
+        parallel.wait_for_all("statistics are written")
     print(f"EMS: {found}")
     return load(model, found, guidance_scale)

@@ -12,8 +12,9 @@
 
 Solvers: those of solvers/__init__.py (dpmv3, DPM-Solver-v3, measures EMS first if the run has none; sde_dpmpp alone is
 stochastic), pc (predictor-corrector), and ode (adaptive, to a stated tolerance). Writes samples.npz, grid.png and
-run.json to <workdir>/samples/<name>/. A sample depends on its index and the seed alone, not on the batch size or the
-number of devices (pc with a corrector: also on its batch; ode: to within its tolerance).
+run.json to <workdir>/samples/<name>/; a stopped run goes on after its last batch. A sample depends on its index and the
+seed alone, not on the batch size or the number of devices and hosts (pc with a corrector: also on its batch; ode: to
+within its tolerance).
 
 The tasks inpaint and colorize are done by pc, class by any solver (dpmpp if absent), best with --guidance=3. Without
 --image they take test images, four samples each; grid.png then shows, in a row, an image, what was known of it, and its
@@ -21,8 +22,10 @@ samples.
 """
 
 import bisect
+import hashlib
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -31,12 +34,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 import experiment as experiments
 import model_statistics
 from score_sde import VERSION, data, figures, files, guidance, losses, parallel
 from score_sde.errors import UserError
+from score_sde.metrics import features
 from solvers import SOLVERS, conditioning, predictor_corrector, probability_flow, tableau
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
@@ -82,35 +85,52 @@ def main():
                 raise UserError(f"--tableau brings its own solver, steps and options: leave out --{flag.name}")
         solver, steps, options = experiments.read_search(model, TABLEAU.value)
     n = NUM_SAMPLES.value or defaults.num_samples
-    batch_size = min(BATCH_SIZE.value or defaults.batch_size, -(-n // jax.device_count()) * jax.device_count())
+    batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
     check_task(solver)
     classifier = experiments.open_classifier(CLASSIFIER.value, model) if TASK.value == "class" else None
     known = Known.of_flags(experiment) if TASK.value in ("inpaint", "colorize") else None
     if solver == "pc":
-        draw, nfe, options = predictor_corrected(model, classifier, known, steps, options)
+        draw, nfe, options, tables = predictor_corrected(model, classifier, known, steps, options)
     elif solver == "ode":
-        draw, nfe, options = adaptive(model, classifier, options)
+        draw, nfe, options, tables = adaptive(model, classifier, options)
         steps = 1  # of the progress bar: a batch
     else:
-        draw, nfe, options = tabled(model, classifier, solver, steps, options)
+        draw, nfe, options, tables = tabled(model, classifier, solver, steps, options)
     print(f"{n} samples by {solver}, {nfe} evaluations each, {experiments.shown(options | bent())}, seed {SEED.value}")
 
+    given = [text for text in OPTION.value if "/" not in text] + ["searched"] * (TABLEAU.value is not None)
+    given += [f"{flag}={value}" for flag, value in bent().items() if "/" not in str(value)]
+    run = [f"step{model.step}", solver] + ([] if solver == "ode" else [str(steps)])
+    name = NAME.value or "-".join([*run, *given, f"seed{SEED.value}"])
+    folder = model.results / "samples" / name
+
     # ------------------------------------------------------------------------------ sample
+    identities = (model.identity, classifier and classifier.identity, known and known.identity(), tables)
+    made = features.fingerprint(*identities, solver, steps, options, bent(), SEED.value, batch_size)
+    kept = folder / f"unfinished-{made}"
     params = parallel.replicate((model.params, classifier.params if classifier else None))
     images, seconds, evaluations, failure = [], [], [], None
     starts = range(0, n, batch_size)
-    with tqdm(total=len(starts) * steps, unit="step", dynamic_ncols=True) as bar:
+    with experiments.progress(total=len(starts) * steps, unit="step") as bar:
         for start in starts:
-            began = time.perf_counter()
-            try:
-                x, calls = draw(params, np.arange(start, start + batch_size), bar)
-            except UserError as error:
-                failure = error
-                break
-            seconds.append(time.perf_counter() - began)
-            evaluations.append(calls)
-            images.append(experiment.to_uint8(x))
+            path = kept / f"{start:07d}.npz"
+            batch = read_batch(path)
+            if batch is None:
+                began = time.perf_counter()
+                try:
+                    x, calls = draw(params, np.arange(start, start + batch_size), bar)
+                except UserError as error:
+                    failure = error
+                    break
+                batch = dict(images=experiment.to_uint8(x), calls=calls, seconds=time.perf_counter() - began)
+                if len(starts) > 1:
+                    files.save_npz(path, batch)
+            else:
+                bar.update(steps)
+            seconds.append(float(batch["seconds"]))
+            evaluations.append(int(batch["calls"]))
+            images.append(batch["images"])
     if not images:
         raise failure
     images = np.concatenate(images)[:n]
@@ -135,21 +155,27 @@ def main():
         versions=dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0]),
         command=" ".join(sys.argv),
     )
-    given = [text for text in OPTION.value if "/" not in text] + ["searched"] * (TABLEAU.value is not None)
-    given += [f"{flag}={value}" for flag, value in bent().items() if "/" not in str(value)]
-    run = [f"step{model.step}", solver] + ([] if solver == "ode" else [str(steps)])
-    name = NAME.value or "-".join([*run, *given, f"seed{SEED.value}"])
-    folder = model.workdir / "samples" / name
     write(folder, images, record)
     if known is not None:
         known.save_grid(folder / "grid.png", images)
     if TASK.value == "interpolate":
         figures.save_grid(folder / "grid.png", images[:256], PER_PAIR)
+    if parallel.writes():
+        shutil.rmtree(kept, ignore_errors=True)
     if solver == "ode":
         print(f"{max(evaluations)} evaluations at most")
     print(f"wrote {folder}/samples.npz, grid.png and run.json")
     if failure is not None:
         raise UserError(f"{failure}; the {len(images)} samples finished before it are in {folder}")
+
+
+def read_batch(path: pathlib.Path) -> dict | None:
+    """A batch of samples that a stopped run of the same left behind; None if there is none, or it is damaged."""
+    try:
+        found = files.load_npz(path)
+        return {name: found[name] for name in ("images", "calls", "seconds")}
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def bent() -> dict:
@@ -161,6 +187,8 @@ def bent() -> dict:
 def noise_of_samples(model, classifier=None):
     """((model's params, classifier's), indices (B,)) -> the NoiseFn of those samples, bent as the flags say."""
     experiment, scale, interval = model.experiment, GUIDANCE.value, guidance_interval()
+    if scale is not None and not np.isfinite(scale):
+        raise UserError(f"--guidance={scale:g}: expected a number, as in --guidance=2.0")
     if classifier is not None:
         return classifier_guided(model, classifier)
     for flag in (LABEL, GUIDANCE):
@@ -236,11 +264,16 @@ def guidance_interval() -> tuple[float, float] | None:
 
 
 def tabled(model, classifier, solver: str, steps: int, options: dict):
-    """(draw, evaluations, options) of a few-step solver; draw: (params, indices, bar) -> samples, evaluations."""
+    """(draw, evaluations, options, hashes of the table) of a few-step solver.
+
+    draw: (params, indices, bar) -> samples, evaluations.
+    """
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     ems, scale, given = None, GUIDANCE.value, options
     if solver == "dpmv3":
         ems = model_statistics.ems_of(model, EMS.value, scale if classifier is None else None)
+        if classifier is not None:
+            print("EMS: of the model alone, the classifier has no part in them; dpmpp needs none")
     table, options = experiments.build_tableau(model, solver, steps, ems, scale, **given)
     if ems is not None and "t_end" not in given:
         t_end = experiments.published_for(model, steps, ems, scale)["t_end"]
@@ -256,6 +289,7 @@ def tabled(model, classifier, solver: str, steps: int, options: dict):
 
     on_devices = parallel.pmap(one_device, in_axes=(0, None, 0))
     table = jax.tree.map(np.float32, table)
+    hashes = [hashlib.sha256(leaf.tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
 
     def draw(params, index, bar):
         def after(k):
@@ -269,15 +303,19 @@ def tabled(model, classifier, solver: str, steps: int, options: dict):
         bar.update(steps)
         return x, steps
 
-    return draw, steps, options
+    return draw, steps, options, hashes
 
 
 def predictor_corrected(model, classifier, known, steps: int, options: dict):
-    """(draw, evaluations, options) of the predictor-corrector sampler; draw as for `tabled`."""
+    """(draw, evaluations, options, no hashes) of the predictor-corrector sampler; draw as for `tabled`."""
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     fields = experiment.config.sampling
     options_known = ("predictor", "corrector", "corrector_steps", "snr", "probability_flow", "denoise")
     experiments.check_options("pc", options, options_known)
+    for name, value in options.items():
+        if not experiments.fits(value, fields[name]):
+            kind = type(fields[name]).__name__
+            raise UserError(f"--option {name}={value}: expected a {kind}, as in --option {name}={fields[name]}")
     options = {name: fields[name] for name in options_known} | options
     update_options = {name: value for name, value in options.items() if name != "denoise"}
     nfe = predictor_corrector.evaluations(
@@ -323,11 +361,11 @@ def predictor_corrected(model, classifier, known, steps: int, options: dict):
             bar.update(last - first)
         return parallel.gather(update.mean if options["denoise"] else update.x), nfe
 
-    return draw, nfe, options
+    return draw, nfe, options, []
 
 
 def adaptive(model, classifier, options: dict):
-    """(draw, evaluations, options) of the ODE solved to a tolerance; draw as for `tabled`.
+    """(draw, evaluations, options, no hashes) of the ODE solved to a tolerance; draw as for `tabled`.
 
     --task=interpolate encodes pairs of test images, and decodes what lies between their latents.
     """
@@ -365,9 +403,9 @@ def adaptive(model, classifier, options: dict):
 
     def latents(params, index):
         """Latents between those of test images 2 k and 2 k + 1, for pair k; and the evaluations they took."""
-        first, devices = index[0] // PER_PAIR, jax.local_device_count()
+        first = index[0] // PER_PAIR
         count = 2 * (index[-1] // PER_PAIR - first + 1)
-        ends = 2 * first + np.arange(-(-count // devices) * devices)
+        ends = 2 * first + np.arange(parallel.round_up(count))
         ends_on_devices = parallel.shard((ends, test.take(ends % test.size)["image"]))
         z, run = parallel.gather(encode(params, *ends_on_devices))
         probability_flow.check(run, z, ends)
@@ -386,7 +424,7 @@ def adaptive(model, classifier, options: dict):
         bar.update(1)
         return x, calls + int(run.evaluations[0])
 
-    return draw, "adaptive", options
+    return draw, "adaptive", options, []
 
 
 def refuse_not_finite(x, index, where: str, t: float):
@@ -443,6 +481,11 @@ class Known(NamedTuple):
             return cls(experiment, lambda index: np.broadcast_to(image, (len(index), *image.shape)), mask)
         test = experiment.images("test")
         return cls(experiment, lambda index: test.take(index // PER_IMAGE % test.size)["image"], mask)
+
+    def identity(self) -> list[str]:
+        """Hashes of the mask and the first image."""
+        arrays = [self.images(np.arange(1))] + ([] if self.mask is None else [self.mask])
+        return [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
 
     def in_data_range(self, index):
         """The images of samples numbered `index` as the model sees them; of them, only what is known will count."""

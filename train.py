@@ -30,18 +30,32 @@ def main():
     config, workdir = config_and_workdir()
     experiment = experiments.build(config)
     fields = config.training
-    parallel.batch_per_device(fields.batch_size)
+    share_of_device = parallel.batch_per_device(fields.batch_size)
+    if share_of_device % fields.accumulate:
+        raise UserError(
+            f"training.accumulate is {fields.accumulate}: expected a divisor of a device's {share_of_device} images"
+        )
     if fields.n_iters % fields.steps_per_call or fields.checkpoint_freq % fields.steps_per_call:
         raise UserError("training.steps_per_call must divide n_iters and checkpoint_freq")
-    stream = data.Stream(experiment.images("train"), batch_size=fields.batch_size, seed=config.seed)
-    held_out = data.Stream(experiment.images("test"), batch_size=fields.batch_size, seed=config.seed)
+    share = dict(batch_size=fields.batch_size, seed=config.seed, **parallel.process())
+    stream = data.Stream(experiment.images("train"), **share)
+    held_out = data.Stream(experiment.images("test"), **share)
     experiments.claim_workdir(workdir, config)
 
     # ------------------------------------------------------------------------------ the state, new or resumed
     optimizer = training.make_optimizer(**config.optim)
     loss = experiment.loss()
     step_on_devices = parallel.pmap(
-        training.make_step(loss, optimizer, config.seed, ema_rate=fields.ema_rate, ema_warmup=fields.ema_warmup),
+        training.make_step(
+            loss,
+            optimizer,
+            config.seed,
+            ema_rate=fields.ema_rate,
+            ema_warmup=fields.ema_warmup,
+            accumulate=fields.accumulate,
+            skip_non_finite=fields.non_finite == "skip",
+        ),
+        in_axes=(0, 0, None),
         donate_argnums=0,
     )
     held_out_loss = parallel.pmap(
@@ -55,8 +69,8 @@ def main():
     state = training.init_state(experiment.init_params(config.seed), optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{workdir}: {size / 1e6:.2f} M parameters, {stream.images.size} images, {jax.device_count()} device(s)")
-    if checkpoints.steps():
-        state, meta = checkpoints.restore(checkpoints.step_or_last(None), state)
+    if last := checkpoints.last(lambda step: checkpoints.restore(step, state)):
+        _, (state, meta) = last
         if meta["stream"] != stream_identity(config, stream):
             raise UserError(f"{workdir} was trained on other data ({meta['stream']}): restore them or start a new run")
         print(f"continuing at step {int(state.step)}")
@@ -64,42 +78,56 @@ def main():
     state = parallel.replicate(state)
 
     # ------------------------------------------------------------------------------ the loop
-    stopped = catch_stop_signals()
+    caught, stopped = catch_stop_signals(), 0
+    done = lambda: int(parallel.first(state.step))  # less than `step` after an update that was not finite
     save = lambda: checkpoints.save(
-        parallel.first(state), {"stream": stream_identity(config, stream), "position": step, "seed": config.seed}
+        parallel.first(state), {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
     )
-    with SummaryWriter(str(workdir / "tensorboard")) as board:
-        bar = tqdm(total=fields.n_iters, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0)
+    looks = (fields.log_freq, fields.eval_freq, fields.checkpoint_freq, fields.keep_freq)
+    with SummaryWriter(str(workdir / "tensorboard"), write_to_disk=parallel.writes()) as board:
+        bar = experiments.progress(total=fields.n_iters, initial=step, unit="step", mininterval=1.0)
         batches = stream.batches(step)
-        reported, metrics = (time.monotonic(), step), None
-        while step < fields.n_iters and not stopped:
+        reported, metrics, skipped, unread = (time.monotonic(), step), None, 0, []
+        while step < fields.n_iters and not (stopped := parallel.largest(max(caught, default=0))):
             jax.block_until_ready(metrics)  # of the call before: never more than one ahead of what the bar shows
-            state, metrics = step_on_devices(state, next_batches(batches, fields))
-            before, step = step, step + fields.steps_per_call
+            count = fields.steps_per_call - step % fields.steps_per_call
+            state, metrics = step_on_devices(state, next_batches(batches, stream, count), step)
+            before, step = step, step + count
             bar.update(step - before)
+            unread.append(metrics["skipped updates"])
+            if (step == fields.n_iters or any(crossed(before, step, every) for every in looks)) and done() < step:
+                break
             if crossed(before, step, fields.log_freq):
                 metrics = parallel.first(metrics)
+                skipped += sum(int(parallel.first(flags).sum()) for flags in unread)
+                metrics["skipped updates"], unread = [skipped], []
                 now, images = time.monotonic(), (step - reported[1]) * fields.batch_size
                 report(bar, board, step, metrics, images / (now - reported[0]))
                 reported = (now, step)
             if crossed(before, step, fields.eval_freq):
-                batch = numbered(held_out.batch(step // fields.eval_freq))
-                value = parallel.first(held_out_loss(state.ema, parallel.shard(batch), step))
+                batch = numbered(held_out.batch(step // fields.eval_freq), held_out)
+                value = parallel.first(held_out_loss(state.ema, parallel.shard_own(batch), step))
                 board.add_scalar("held-out loss (EMA)", value, step)
             if crossed(before, step, fields.checkpoint_freq) or step == fields.n_iters:
                 save()
-            if crossed(before, step, fields.keep_freq) or step == fields.n_iters:
+            if parallel.writes() and (crossed(before, step, fields.keep_freq) or step == fields.n_iters):
                 show(parallel.first(state.ema), workdir, board, step)
         batches.close()
         bar.close()
-    if stopped:
+    if stopped or done() < step:
         save()
     checkpoints.wait()
-    done = "stopped" if stopped else "finished"
+    if done() < step:
+        first = ", ".join(map(str, stream.indices(done())[:8]))
+        raise UserError(
+            f"loss or gradient is not finite at step {done()}, batch {done()} of the stream, which begins with images "
+            f"{first} of {stream.images.name}: the state before it is saved in {checkpoints.folder}: start anew with a "
+            "lower optim.lr, or pass over such batches, --config.training.non_finite=skip"
+        )
+    ended = "stopped" if stopped else "finished"
     how = f"; continue with python train.py --workdir={workdir}" if stopped else ""
-    print(f"{done} at step {step}, checkpoint in {workdir / 'checkpoints'}{how}")
-    if stopped:
-        raise SystemExit(128 + stopped[0])
+    print(f"{ended} at step {step}, checkpoint in {workdir / 'checkpoints'}{how}")
+    return 128 + stopped if stopped else 0
 
 
 def config_and_workdir():
@@ -119,14 +147,14 @@ def stream_identity(config, stream) -> str:
     return f"{config.data.dataset} {stream.images.size} images, batch {config.training.batch_size}, seed {config.seed}"
 
 
-def numbered(batch):
-    """A host batch with each example's index in the global batch."""
-    return batch | {"index": np.arange(len(batch["image"]))}
+def numbered(batch, stream):
+    """This process' part of a batch, with each example's index in the global batch."""
+    return batch | {"index": stream.block}
 
 
-def next_batches(batches, fields):
-    """The next `steps_per_call` batches, as (devices, steps, batch per device, ...)."""
-    parts = [parallel.shard(numbered(next(batches)[1])) for _ in range(fields.steps_per_call)]
+def next_batches(batches, stream, count: int):
+    """The next batches, so many, as (devices, steps, batch per device, ...)."""
+    parts = [parallel.shard_own(numbered(next(batches)[1], stream)) for _ in range(count)]
     return jax.tree.map(lambda *values: np.stack(values, axis=1), *parts)
 
 
@@ -136,12 +164,8 @@ def crossed(before: int, now: int, every: int) -> bool:
 
 
 def report(bar, board, step, metrics, rate):
-    """Loss on the bar, scalars to TensorBoard; a loss that is no number ends the run at its last checkpoint."""
+    """Loss on the bar, scalars to TensorBoard."""
     values = {name: float(value[-1]) for name, value in metrics.items()}
-    if not np.isfinite(values["loss"]):
-        raise UserError(
-            f"loss is {values['loss']} at step {step}: lower optim.lr and continue from the last checkpoint"
-        )
     bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
     for name, value in (values | {"images per second": rate}).items():
         board.add_scalar(name, value, step)

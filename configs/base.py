@@ -6,6 +6,7 @@ other data sets and of NCSN share follows below.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import models
 
@@ -23,6 +24,47 @@ SDES = {
     ),
 }
 
+# What numbers must be, beyond their type: (what is expected, whether it is so, fields). `model` may lack some of them.
+RULES = (
+    (
+        "a whole number of at least 1",
+        lambda value: isinstance(value, int) and value >= 1,
+        (
+            *("data.image_size", "denoiser.num_scales"),
+            *(f"training.{name}" for name in ("batch_size", "n_iters", "accumulate", "steps_per_call")),
+            *(f"training.{name}_freq" for name in ("log", "eval", "checkpoint", "keep")),
+            *(f"sampling.{name}" for name in ("steps", "num_samples", "batch_size", "pc_steps")),
+            *(f"ems.{name}" for name in ("num_data", "batch_size")),
+            *(f"eval.{name}" for name in ("num_data", "batch_size", "num_samples")),
+            *(f"eval.likelihood.{name}" for name in ("num_data", "repeats", "num_probes")),
+            *("model.nf", "model.num_res_blocks", "model.blocks_per_group", "model.channel_multiplier"),
+            "model.num_outputs",
+        ),
+    ),
+    ("at least 2", lambda value: value >= 2, ("ems.nodes", "eval.fine_steps")),
+    (
+        "at least 0",
+        lambda value: 0 <= value < float("inf"),
+        ("optim.warmup", "optim.weight_decay", "optim.eps", "sampling.corrector_steps", "model.num_classes"),
+    ),
+    (
+        "positive",
+        lambda value: 0 < value < float("inf"),
+        (
+            *("optim.lr", "sampling.snr", "training.t_min"),
+            *(f"eval.likelihood.{name}" for name in ("t_min", "rtol", "atol")),
+        ),
+    ),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("optim.beta1", "training.label_dropout", "model.dropout")),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ("training.ema_rate",)),
+    (
+        "one or more whole numbers of at least 1",
+        lambda values: len(values) > 0 and all(isinstance(value, int) and value >= 1 for value in values),
+        ("model.ch_mult", "eval.steps"),
+    ),
+    ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
+)
+
 
 def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     """Every default, for one of SDES and that many noise levels."""
@@ -32,10 +74,10 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.dataset = "cifar10"  # "digits", a tensorflow-datasets name, an .npz, an IDX file or folder, a folder of images
-    data.data_dir = None  # where tensorflow-datasets keeps its data; None: its own default
+    data.data_dir = placeholder(str)  # where tensorflow-datasets keeps its data; None: its own default
     data.image_size = 32
     data.num_channels = 3
-    data.crop = None  # side of a central crop before resizing
+    data.crop = placeholder(int)  # side of a central crop before resizing
     data.resize = "none"  # "none", "pad", "crop_resize" or "resize_crop" (score_sde/data.py)
     data.centered = not exploding  # data range [-1, 1] instead of [0, 1]
     data.random_flip = True
@@ -62,6 +104,8 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     training.label_dropout = 0.0  # share of labels hidden from a class-conditional network, which can then be guided
     training.ema_rate = 0.999 if exploding else 0.9999
     training.ema_warmup = False  # ramp the rate up from 0, as the official PyTorch code does
+    training.accumulate = 1  # slices of a device's batch that pass the network one after another, to save memory
+    training.non_finite = "stop"  # before a batch whose loss or gradient is not finite; or "skip" it and count
     training.steps_per_call = 1  # more save dispatch on GPU and TPU; on CPU a loop makes steps 20 times slower
     training.log_freq = 50
     training.eval_freq = 100
@@ -90,10 +134,11 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     sampling.denoise = True
 
     config.ems = ems = ConfigDict()
-    ems.nodes = 120  # intervals of lam; the paper takes 1200
+    ems.nodes = 120  # intervals of lam; the paper takes 1200, which brings little (docs/studies.md)
     ems.num_data = 1024  # images; the paper takes 4096
     ems.batch_size = 64
-    ems.t_end = None  # where they end, if not at the SDE's t_min; a tenth of it serves what is published above 10 steps
+    # where they end, if not at the SDE's t_min; a tenth of it serves what is published above 10 steps
+    ems.t_end = placeholder(float)
 
     config.eval = evaluation = ConfigDict()
     evaluation.num_data = 10_000  # test images of the loss

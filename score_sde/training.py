@@ -133,28 +133,71 @@ def make_classifier_loss(logits_of: Callable, sde: SDE, preprocess: Callable, *,
     return loss
 
 
-def make_step(loss: Callable, optimizer, seed: int, *, ema_rate: float, ema_warmup: bool) -> Callable:
-    """(state, batches) -> (state, metrics): one step for each batch along the leading axis of `batches`.
+def make_step(
+    loss: Callable,
+    optimizer,
+    seed: int,
+    *,
+    ema_rate: float,
+    ema_warmup: bool,
+    accumulate: int = 1,
+    skip_non_finite: bool = False,
+) -> Callable:
+    """(state, batches, first) -> (state, metrics): one step for each batch along the leading axis of `batches`.
+
+    first: the number of the first batch; the state must have done that many steps.
+    accumulate: slices of a device's batch, equal in size, that pass the network one after another for the sake of
+        memory; loss and gradient are their means, those of the whole batch up to rounding.
+    skip_non_finite: an update whose loss or gradient norm is not finite is never applied. With it, that step counts as
+        done and the next goes on from the same parameters, average and optimizer. Without, the state remains before
+        that step whatever batches come after, so that a caller may look at `state.step` as rarely as it likes.
+    metrics: the loss and the norms of gradient and parameters, and 1 for each update that was not applied, else 0.
 
     Several steps a call save dispatch on accelerators. On CPU take one: convolution gradients inside a loop are 20
-    times slower there, and a single step is not put in a loop. Run it through `parallel.pmap`.
+    times slower there, so a single step is not put in a loop, and slices are unrolled. Run it through `parallel.pmap`.
     """
 
-    def step(state: State, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        mean_loss = lambda params: loss(params, batch, key, True).mean()
-        value, gradient = jax.value_and_grad(mean_loss)(state.params)
-        value, gradient = parallel.mean((value, gradient))
+    def step(state: State, inputs):
+        batch, number = inputs
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        mean_loss = lambda params, batch: loss(params, batch, key, True).mean()
+        value, gradient = parallel.mean(_mean_over_slices(mean_loss, state.params, batch, accumulate))
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, state.step + 1, rate=ema_rate, warmup=ema_warmup)
-        metrics = {"loss": value, "gradient norm": optax.global_norm(gradient)}
-        return State(state.step + 1, params, ema, opt_state), metrics
+        ema = update_ema(state.ema, params, number + 1, rate=ema_rate, warmup=ema_warmup)
+        applied = finite & (state.step == number)
+        done = State(number + 1, params, ema, opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), done, state)
+        if skip_non_finite:
+            state = state._replace(step=done.step)
+        norms = {"gradient norm": norm, "parameter norm": optax.global_norm(state.params)}
+        return state, {"loss": value, **norms, "skipped updates": 1 - applied.astype(jnp.int32)}
 
-    def steps(state: State, batches):
-        if len(batches["image"]) > 1:
-            return jax.lax.scan(step, state, batches)
-        state, metrics = step(state, jax.tree.map(lambda b: b[0], batches))
+    def steps(state: State, batches, first):
+        count = len(batches["image"])
+        inputs = batches, jnp.asarray(first, jnp.int32) + jnp.arange(count, dtype=jnp.int32)
+        if count > 1:
+            return jax.lax.scan(step, state, inputs)
+        state, metrics = step(state, jax.tree.map(lambda b: b[0], inputs))
         return state, jax.tree.map(lambda m: m[None], metrics)
 
     return steps
+
+
+def _mean_over_slices(mean_loss: Callable, params, batch, count: int):
+    """Value and gradient of mean_loss(params, batch), as means over so many slices of the batch."""
+    value_and_gradient = jax.value_and_grad(mean_loss)
+    if count == 1:
+        return value_and_gradient(params, batch)
+    slices = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+    def add(total, part):
+        # What is unrolled must still wait for its turn, or nothing is saved; XLA drops a barrier on CPU.
+        part = part | {"index": part["index"] + jnp.isnan(optax.global_norm(total)).astype(jnp.int32)}
+        return jax.tree.map(jnp.add, total, value_and_gradient(params, part)), None
+
+    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+    total, _ = jax.lax.scan(add, zero, slices, unroll=jax.default_backend() == "cpu")
+    return jax.tree.map(lambda x: x / count, total)

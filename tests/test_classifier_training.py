@@ -15,7 +15,7 @@ from score_sde import losses
 from score_sde import sde as sde_lib
 from score_sde.models.classifier import WideResnet, convolve, logits_fn
 from tests.mixture import Mixture
-from tests.test_programs import ROOT, TINY, ok, program
+from tests.programs import ROOT, TINY, ok, program
 
 TINY_CLASSIFIER = [
     "--config=configs/classifier/digits.py",

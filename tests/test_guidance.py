@@ -19,7 +19,7 @@ from score_sde.sde import per_image
 from solvers import dpm_solver, tableau, unipc
 from tests import reference
 from tests.mixture import Mixture
-from tests.test_programs import ROOT, TINY, ok, program
+from tests.programs import ROOT, TINY, ok, program
 from tests.test_solvers import problem, run_v3_rows, worst
 
 CONDITION = (4.0, 0.0, 0.0)

@@ -17,8 +17,8 @@ from score_sde.errors import UserError
 from solvers import probability_flow as ode
 from tests import reference
 from tests.mixture import Mixture
+from tests.programs import TINY, ok, program
 from tests.test_predictor_corrector import sde_of
-from tests.test_programs import TINY, ok, program
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIGHT = dict(rtol=1e-5, atol=1e-5)

@@ -14,43 +14,7 @@ import pytest
 from ems import statistics
 from score_sde import checkpoint
 from tests import reference
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-TINY = [
-    "--config=configs/digits.py",
-    "--config.model.nf=8",
-    "--config.model.ch_mult=(1,)",
-    "--config.model.attn_resolutions=()",
-    "--config.model.dropout=0.1",
-    "--config.training.batch_size=8",
-    "--config.training.checkpoint_freq=4",
-    "--config.training.keep_freq=4",
-    "--config.optim.warmup=2",
-    "--config.ems.nodes=22",
-    "--config.ems.num_data=16",
-    "--config.ems.batch_size=8",
-    "--config.eval.num_samples=4",
-    "--config.eval.steps=(5, 6)",
-    "--config.eval.fine_steps=20",
-]
-
-
-def program(name: str, *arguments, devices: int = 1, wait: bool = True):
-    """Run `python name ...` at the root of the checkout."""
-    command = [sys.executable, *(("-m", "ems") if name == "ems" else (f"{name}.py",)), *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    started = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if not wait:
-        return started
-    out, err = started.communicate(timeout=300)
-    return subprocess.CompletedProcess(command, started.returncode, out, err)
-
-
-def ok(result):
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+from tests.programs import ROOT, TINY, ok, program
 
 
 def leaves(workdir, step: int) -> dict:

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,10 +52,9 @@ def test_published_optimizer_and_ema(case):
             np.testing.assert_allclose(ramped[i], get(f"ema_torch{i}")[step], rtol=2e-6, atol=1e-7)
 
 
-def toy_step(optimizer, sde):
-    """A training step of a two-parameter network on 4x4 images."""
-    network = lambda params, x: params["a"] * jnp.tanh(x) + params["b"]
-    loss = training.make_loss(
+def toy_loss(sde, network=lambda params, x: params["a"] * jnp.tanh(x) + params["b"]):
+    """The loss of a two-parameter network on 4x4 images, or of another."""
+    return training.make_loss(
         lambda params, y, keys: lambda x, t: network(params, x),
         sde,
         lambda key, image: image.astype(jnp.float32) / 127.5 - 1.0,
@@ -64,7 +64,11 @@ def toy_step(optimizer, sde):
         likelihood_weighting=False,
         reduce_mean=True,
     )
-    return training.make_step(loss, optimizer, 7, ema_rate=0.9, ema_warmup=False)
+
+
+def toy_step(optimizer, sde, **options):
+    """A training step of that network."""
+    return training.make_step(toy_loss(sde), optimizer, 7, ema_rate=0.9, ema_warmup=False, **options)
 
 
 def toy_batches(steps: int, size: int):
@@ -80,13 +84,112 @@ def test_several_steps_per_call_equal_single_steps():
     sde, optimizer = sde_lib.VP(), optax.sgd(0.1)
     step = jax.jit(toy_step(optimizer, sde))
     batches = toy_batches(4, 8)
-    together, metrics = step(training.init_state(toy_params(), optimizer), batches)
+    together, metrics = step(training.init_state(toy_params(), optimizer), batches, 0)
     single = training.init_state(toy_params(), optimizer)
     for i in range(4):
-        single, _ = step(single, jax.tree.map(lambda b: b[i : i + 1], batches))
+        single, _ = step(single, jax.tree.map(lambda b: b[i : i + 1], batches), i)
     assert metrics["loss"].shape == (4,)
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def published_step(loss, optimizer, state: training.State, batch) -> training.State:
+    """A step as published, which does not look whether its numbers are finite."""
+    mean = lambda params: loss(params, batch, jax.random.fold_in(jax.random.key(7), state.step), True).mean()
+    updates, opt_state = optimizer.update(jax.grad(mean)(state.params), state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = training.update_ema(state.ema, params, state.step + 1, rate=0.9, warmup=False)
+    return training.State(state.step + 1, params, ema, opt_state)
+
+
+class Convolutions(nn.Module):
+    """A small network with what the large ones are made of."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.Conv(16, (3, 3))(nn.swish(nn.GroupNorm(4)(nn.Conv(16, (3, 3))(x))))
+        return nn.Conv(1, (3, 3))(x)
+
+
+def convolutions_loss():
+    return toy_loss(sde_lib.VP(), lambda params, x: Convolutions().apply({"params": params}, x))
+
+
+def test_finite_runs_are_the_published_ones_to_the_bit():
+    """By Adam with warm-up and clipping."""
+    loss = convolutions_loss()
+    optimizer = training.make_optimizer(lr=1e-3, beta1=0.9, eps=1e-8, warmup=2, grad_clip=1.0, weight_decay=0.0)
+    params = Convolutions().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
+    ours = theirs = training.init_state(params, optimizer)
+    step = jax.jit(training.make_step(loss, optimizer, 7, ema_rate=0.9, ema_warmup=False))
+    published = jax.jit(lambda state, batch: published_step(loss, optimizer, state, batch))
+    batches = toy_batches(5, 8)
+    for i in range(5):
+        batch = jax.tree.map(lambda b: b[i : i + 1], batches)
+        ours, metrics = step(ours, batch, i)
+        theirs = published(theirs, jax.tree.map(lambda b: b[0], batch))
+        assert metrics["skipped updates"] == 0
+    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def bad_at(optimizer, number: int, **options):
+    """The toy step, whose loss is not finite at step `number`."""
+    loss = lambda params, batch, key, train: (
+        toy_loss(sde_lib.VP())(params, batch, key, train)
+        + jnp.where(jnp.all(key == jax.random.fold_in(jax.random.key(7), number)), jnp.inf, 0.0) * params["a"]
+    )
+    return jax.jit(training.make_step(loss, optimizer, 7, ema_rate=0.9, ema_warmup=False, **options))
+
+
+@pytest.mark.parametrize("per_call", [1, 5])
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_update_that_is_not_finite_is_never_applied(per_call, skip):
+    """Stopping keeps the state before it whatever comes after; skipping goes on from there with the next batch."""
+    optimizer, batches = optax.adam(0.1), toy_batches(5, 8)
+    step, good = bad_at(optimizer, 2, skip_non_finite=skip), jax.jit(toy_step(optimizer, sde_lib.VP()))
+    state = expected = training.init_state(toy_params(), optimizer)
+    skipped = []
+    for first in range(0, 5, per_call):
+        state, metrics = step(state, jax.tree.map(lambda b: b[first : first + per_call], batches), first)
+        skipped += metrics["skipped updates"].tolist()
+    for i in (0, 1, 3, 4) if skip else (0, 1):
+        expected, _ = good(expected._replace(step=jnp.int32(i)), jax.tree.map(lambda b: b[i : i + 1], batches), i)
+    assert skipped == ([0, 0, 1, 0, 0] if skip else [0, 0, 1, 1, 1])
+    assert int(state.step) == (5 if skip else 2)
+    for one, two in zip(jax.tree.leaves(state._replace(step=expected.step)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_slices_of_a_batch_equal_the_whole():
+    """By plain SGD; and the norms that are logged are those of what was applied."""
+    optimizer, batches = optax.sgd(0.1), toy_batches(1, 12)
+    whole, expected = jax.jit(toy_step(optimizer, sde_lib.VP()))(
+        training.init_state(toy_params(), optimizer), batches, 0
+    )
+    moved = np.array(jax.tree.leaves(whole.params)) - np.array(jax.tree.leaves(toy_params()))
+    np.testing.assert_allclose(expected["gradient norm"][0], np.linalg.norm(moved) / 0.1, rtol=1e-5)
+    np.testing.assert_allclose(
+        expected["parameter norm"][0], np.linalg.norm(np.array(jax.tree.leaves(whole.params))), rtol=1e-6
+    )
+    for count in (2, 3):
+        step = jax.jit(toy_step(optimizer, sde_lib.VP(), accumulate=count))
+        sliced, metrics = step(training.init_state(toy_params(), optimizer), batches, 0)
+        for one, two in zip(jax.tree.leaves((sliced, metrics)), jax.tree.leaves((whole, expected)), strict=True):
+            np.testing.assert_allclose(one, two, rtol=2e-6)
+
+
+def test_slices_take_less_memory():
+    """They are unrolled on CPU, where gradients of convolutions in loops are slow, and yet wait for one another."""
+    optimizer, taken = optax.sgd(0.1), {}
+    params = Convolutions().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
+    for count in (1, 4):
+        options = dict(ema_rate=0.9, ema_warmup=False, accumulate=count)
+        step = jax.jit(training.make_step(convolutions_loss(), optimizer, 7, **options))
+        compiled = step.lower(training.init_state(params, optimizer), toy_batches(1, 512), 0).compile()
+        taken[count] = compiled.memory_analysis().temp_size_in_bytes
+    assert taken[4] < taken[1] / 3
 
 
 DEVICES = """
@@ -97,9 +200,10 @@ from tests.test_training import toy_batches, toy_params, toy_step
 assert jax.device_count() == 4
 optimizer, batches = optax.sgd(0.1), toy_batches(3, 8)
 step = toy_step(optimizer, VP())
-alone = jax.jit(step)(training.init_state(toy_params(), optimizer), batches)
+alone = jax.jit(step)(training.init_state(toy_params(), optimizer), batches, 0)
 per_device = jax.tree.map(lambda b: b.reshape(3, 4, 2, *b.shape[2:]).swapaxes(0, 1), batches)
-shared = parallel.pmap(step)(parallel.replicate(training.init_state(toy_params(), optimizer)), per_device)
+on_devices = parallel.pmap(step, in_axes=(0, 0, None))
+shared = on_devices(parallel.replicate(training.init_state(toy_params(), optimizer)), per_device, 0)
 for ours, theirs in zip(jax.tree.leaves(parallel.first(shared)), jax.tree.leaves(alone)):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 """
