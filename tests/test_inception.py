@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import json
 import os
 import pickle
 import struct
@@ -16,6 +17,8 @@ import pytest
 from score_sde.errors import UserError
 from score_sde.metrics import features, inception
 from tests import reference
+from tests.programs import ROOT, ok
+from tests.test_metrics import program
 
 GROUP = "I_inception"
 CROSSED = {"tf_s127": ("tf1", 127.5), "pf_s128": ("half_pixel", 128.0)}
@@ -193,6 +196,15 @@ def zeros_state() -> dict[str, np.ndarray]:
     return state
 
 
+def random_state() -> dict[str, np.ndarray]:
+    """Weights that keep the size of activations."""
+    random, state = np.random.default_rng(0), zeros_state()
+    for name, array in state.items():
+        if name.endswith("conv.weight"):
+            state[name] = random.normal(size=array.shape, scale=np.sqrt(2 / array[0].size)).astype(np.float32)
+    return state
+
+
 def test_weights_file(tmp_path):
     """Read without executing it; known by its hash; anything but the network's own arrays is refused."""
     state = zeros_state()
@@ -262,16 +274,11 @@ def test_failed_download(tmp_path, monkeypatch, answer):
 @pytest.mark.skipif(not os.environ.get("ALL_NETWORKS"), reason="takes a minute; set ALL_NETWORKS=1")
 def test_unknown_weights_to_distances(tmp_path):
     """From a weights file through features and a statistics file to every distance; named for what it is, not FID."""
-    random = np.random.default_rng(0)
-    state = zeros_state()
-    for name, array in state.items():
-        if name.endswith("conv.weight"):
-            state[name] = random.normal(size=array.shape, scale=np.sqrt(2 / array[0].size)).astype(np.float32)
     path = tmp_path / "weights.pth"
-    path.write_bytes(torch_sequence(state))
+    path.write_bytes(torch_sequence(random_state()))
     network = features.standard(path, mode="pf", any_weights=True)
     assert network.distance == f"FD-inception-{network.sha256[:8]} (pf)"
-    images = random.integers(0, 256, (5, 8, 8, 1), np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 1), np.uint8)
     found = features.measure(network, lambda start, stop: images[start:stop], 5, batch_size=2)
     file = tmp_path / "statistics.npz"
     features.save(file, features.statistics(found, network.identity()))
@@ -281,3 +288,28 @@ def test_unknown_weights_to_distances(tmp_path):
     assert abs(result["frechet"]) < 1e-9 * scale
     with pytest.raises(UserError, match="made with network"):
         features.load(file, features.standard(path, mode="tf", any_weights=True))
+
+
+@pytest.mark.skipif(not os.environ.get("ALL_NETWORKS"), reason="takes a minute; set ALL_NETWORKS=1")
+def test_unknown_inception_weights_in_the_program(tmp_path):
+    """From samples to every distance with the Inception network of random weights; named for their hash, never FID."""
+    images = np.random.default_rng(1).integers(0, 256, (12, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "noise.npz", train_images=images[:4], test_images=images[4:8])
+    np.savez(tmp_path / "theirs.npz", samples=images[8:])
+    (tmp_path / "weights.pth").write_bytes(torch_sequence(random_state()))
+    common = [f"--config={ROOT}/configs/digits.py", "--config.data.dataset=noise.npz", "--samples=theirs.npz"]
+    weights = ["--inception_weights=weights.pth", "--inception_mode=pf"]
+    refused = program(tmp_path, "evaluate.py", *common, *weights)
+    assert refused.returncode == 2
+    assert "not the standard FID network" in refused.stderr
+    out = ok(program(tmp_path, "evaluate.py", *common, *weights, "--any_inception_weights"))
+    sha256 = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    name = f"FD-inception-{sha256[:8]} (pf)"
+    assert f"| {name} | floor: 4 test images |" in out
+    assert "gray images as RGB" in out
+    assert "Warning: 4 images do not determine a covariance of 2048 features" in out
+    result = json.loads((tmp_path / f"runs/evaluated/theirs-{name}.json").read_text())
+    assert (result["num_samples"], result["num_reference"], result["weights_sha256"]) == (4, 4, sha256)
+    assert result["frechet"] > 0
+    assert result["inception_score"] >= 1
+    assert {"kernel", "precision", "recall"} <= result.keys()

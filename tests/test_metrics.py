@@ -17,7 +17,7 @@ from score_sde import checkpoint, data, training
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, resnet
 from tests import reference
-from tests.test_programs import ROOT, ok
+from tests.programs import ROOT, ok
 
 GROUP = "I_metrics"
 
@@ -362,7 +362,7 @@ def test_samples_of_a_run(run_and_network):
     for n in (70, 130):
         before = kept()
         out = ok(program(folder, "evaluate.py", *arguments, f"--num_samples={n}"))
-        report = json.loads((folder / "run/eval/report.json").read_text())["fid"]
+        *_, report = json.loads((folder / "run/eval/report.json").read_text())["fid"]
         assert "FD-resnet20-digits" in out
         assert report["weights_sha256"][:8] in out
         assert (report["num_samples"], report["num_reference"]) == (n, 1500)

@@ -1,0 +1,156 @@
+"""How near images are to a data set: samples of a model or anyone's, in the features of a network.
+
+What `evaluate.py --metrics=fid`, `--samples` and `--statistics` do. The mathematics is in score_sde/metrics/.
+"""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+import experiment as experiments
+import model_statistics
+from score_sde import data, files, parallel
+from score_sde.errors import UserError
+from score_sde.metrics import distances, features, inception
+
+
+def feature_network(
+    config, name: str | None, *, inception_weights: str | None, inception_mode: str, any_inception_weights: bool
+) -> features.FeatureNetwork:
+    """The network of that name, or the local one trained on the config's data set; says which.
+
+    name: "inception", one of `features.local_networks()`, or an .npz of python -m score_sde.metrics.
+    """
+    name = name or ("inception" if inception_weights else f"resnet20-{pathlib.Path(config.data.dataset).stem}")
+    known = features.local_networks()
+    if name != "inception" and name not in known and not name.endswith(".npz"):
+        raise UserError(
+            f"no feature network {name!r}: choose --network={' or --network='.join(['inception', *known])}, "
+            "or train one, python -m score_sde.metrics"
+        )
+    if name == "inception":
+        path = inception_weights or inception.download(pathlib.Path.home() / ".cache" / "score_sde")
+        network = features.standard(path, mode=inception_mode, any_weights=any_inception_weights)
+    else:
+        network = features.local(known.get(name, name))
+    gray = ", gray images as RGB of three equal channels" if config.data.num_channels < network.channels else ""
+    print(f"features: {network.name}, weights {network.sha256[:8]}, {network.preprocessing}{gray}")
+    return network
+
+
+def drawer(model, solver: str, steps: int, seed: int, ems_path: str | None) -> tuple[Callable, object, dict, int]:
+    """((start, stop) -> the samples of these numbers as uint8, the solver's table, its options, the batch size)."""
+    experiment = model.experiment
+    ems = model_statistics.ems_of(model, ems_path) if solver == "dpmv3" else None
+    table, options = experiments.build_tableau(model, solver, steps, ems)
+    batch_size = parallel.round_up(experiment.config.sampling.batch_size)
+    sample = experiments.sampler(model, experiment.noise_of, seed)
+
+    def images_of(start, stop):
+        x = sample(table, np.arange(start, start + batch_size))
+        if not np.isfinite(x).all():
+            raise UserError(f"samples {start} to {stop} are not all finite: try another solver or more steps")
+        return experiment.to_uint8(x)[: stop - start]
+
+    return images_of, table, options, batch_size
+
+
+def of_samples(
+    model,
+    network,
+    *,
+    solver: str,
+    steps: int,
+    n: int,
+    seed: int,
+    ems_path: str | None,
+    reference_path: str | None,
+    folder,
+) -> dict:
+    """Distances of the model's first n samples to the training images; finished batches stay in `folder`."""
+    images_of, table, options, batch_size = drawer(model, solver, steps, seed, ems_path)
+    arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
+    identity = features.fingerprint(model.identity, solver, arrays, seed, network.identity())
+    found = features.measure(
+        network,
+        images_of,
+        n,
+        batch_size=batch_size,
+        folder=folder / f"step{model.step}-{solver}-{steps}-seed{seed}-{identity}",
+        progress=functools.partial(experiments.progress, desc=f"samples by {solver}", unit="batch"),
+    )
+    result = compared(model.experiment, network, found, reference_path)
+    title = f"{n} samples by {solver}, {steps} evaluations, seed {seed}"
+    return result | dict(title=title, solver=solver, steps=steps, options=options)
+
+
+def of_images(experiment, network, path: str, reference_path: str | None) -> dict:
+    """Distances of the images of a folder or an .npz to the training images."""
+    images = given_images(experiment.config, pathlib.Path(path))
+    found = measured_images(network, images, images.size)
+    return compared(experiment, network, found, reference_path) | dict(title=f"{images.size} images of {path}")
+
+
+def given_images(config, path: pathlib.Path) -> data.Images:
+    """Anyone's images; of any one size for the Inception network, of the config's for others."""
+    fields = config.data
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            arrays = files.load_npz(path, ("samples", "images"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a readable .npz: {data.one_line(error)}") from None
+        if not arrays:
+            raise UserError(f"{path} holds neither `samples` nor `images`")
+        raw = data.from_arrays(next(iter(arrays.values())), None, str(path))
+        if raw.size < 2:
+            raise UserError(f"{path} holds {raw.size} images, which have no covariance: give more")
+        return data.Images(str(path), raw.size, functools.partial(data.gather, raw.arrays))
+    images = data.load(str(path), "all", image_size=fields.image_size, num_channels=fields.num_channels)
+    if images.size < 2:
+        raise UserError(f"{path} holds one image, which has no covariance: give more")
+    return images
+
+
+def measured_images(network, images, n: int) -> features.Measured:
+    """Features of the first n images of a split."""
+    return features.measure(
+        network,
+        lambda start, stop: images.take(np.arange(start, stop))["image"],
+        n,
+        batch_size=128 if network.dimension < 1000 else 32,
+        progress=functools.partial(experiments.progress, desc=images.name, unit="batch"),
+    )
+
+
+def data_statistics(experiment, network, split: str, n: int | None = None) -> tuple[features.Statistics, pathlib.Path]:
+    """Statistics of the first n (all if None) images of a split, measured once and kept in runs/statistics/."""
+    images, fields = experiment.images(split), experiment.config.data
+    n = min(n or images.size, images.size)
+    processing = {name: fields[name] for name in ("image_size", "num_channels", "crop", "resize")}
+    first = np.ascontiguousarray(images.take(np.arange(min(64, n)))["image"])  # tells data sets of one name apart
+    origin = dict(data=fields.dataset, split=split, n=n, first_images=hashlib.sha256(first.tobytes()).hexdigest())
+    provenance = origin | processing | network.identity()
+    stem = pathlib.Path(fields.dataset).stem
+    path = experiments.RUNS / "statistics" / f"{stem}-{split}-{n}-{features.fingerprint(provenance)}.npz"
+    if not path.exists():
+        features.save(path, features.statistics(measured_images(network, images, n), provenance))
+        parallel.wait_for_all("statistics are written")
+    return features.load(path, network), path
+
+
+def compared(experiment, network, found: features.Measured, reference_path: str | None) -> dict:
+    """Every distance to the data, with the floor: what as many test images have."""
+    if reference_path is None:
+        reference, path = data_statistics(experiment, network, "train")
+    else:
+        reference, path = features.load(reference_path, network), reference_path
+    test, _ = data_statistics(experiment, network, "test", found.moments.n)
+    floor = distances.frechet_distance(test.mean, test.covariance, reference.mean, reference.covariance)
+    against = f"{reference.n} training images" if reference.provenance else f"{path}, whose origin is unknown"
+    about = dict(distance=network.distance, dimension=network.dimension, against=against, reference=str(path))
+    floor = dict(floor=floor, floor_num_samples=test.n)
+    return features.compare(found, reference) | floor | about | network.identity()

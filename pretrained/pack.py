@@ -1,0 +1,158 @@
+"""Pack a run into pretrained/<name>: what sample.py needs, small enough to be kept with the code.
+
+    python -m pretrained.pack --workdir=runs/fashion_mnist [--checkpoint=60000] [--name=fashion_mnist]
+
+The first call writes config.json and ema.npz, the averaged parameters in half precision. The packed model is one of
+its own: its EMS and metrics are measured with the rounded parameters, by the commands that this program prints, and are
+kept in runs/pretrained/<name>. A further call takes the EMS over into ems.npz, and writes what is known into card.md.
+"""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+import experiment as experiments
+import model_statistics
+from ems import statistics
+from ems.statistics import EMS
+from score_sde import events, files, packed
+from score_sde import report as reports
+from score_sde.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")
+NAME = flags.DEFINE_string("name", None, "Folder under pretrained/; the run folder's name if absent.")
+EMS_FILE = flags.DEFINE_string("ems", None, "EMS file of the packed model; the best it has if absent.")
+
+EMA_BYTES, ALL_BYTES = 4_000_000, 5_000_000
+HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to a node's largest value
+
+
+def main():
+    run = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
+    if packed.is_packed(run.workdir):
+        raise UserError(f"{run.workdir} is packed already: give the --workdir of a run")
+    folder = experiments.PRETRAINED / (NAME.value or run.workdir.name)
+    config = portable(run.experiment.config)
+
+    # ------------------------------------------------------------------------------ the model
+    files.write(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    packed.save(folder, packed.rounded(run.params), dict(step=run.step, run=run.identity))
+    refuse_large(folder, [packed.NAME], EMA_BYTES, "parameters: pack a smaller network")
+    model = experiments.open_model(str(folder))
+
+    # ------------------------------------------------------------------------------ its statistics
+    own = folder / "ems.npz"
+    if own.exists() and statistics.load_origin(own)["checkpoint"] != model.identity:
+        own.unlink()
+    measured = pathlib.Path(EMS_FILE.value) if EMS_FILE.value else model_statistics.find(model)
+    if measured not in (None, own):
+        ems = model_statistics.load(model, measured)
+        statistics.save(own, halved(ems._replace(origin=ems.origin | dict(data=config.data.dataset))))
+    refuse_large(folder, [packed.NAME, own.name], ALL_BYTES, "EMS: measure them with fewer --nodes")
+
+    # ------------------------------------------------------------------------------ its card
+    report = reports.read(model.results / "eval") or {}
+    if report and report["model"]["identity"] != model.identity:
+        report = {}
+    log = events.training(run.workdir / "tensorboard", run.step)
+    files.write(folder / "card.md", card(run, model, config, log and log[0], report))
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    print(f"wrote {folder}: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
+    if not own.exists():
+        print(f"still to measure, then pack again: {measure_ems(folder)}")
+    for metric in [metric for metric in ("loss", "bpd", "fid") if metric not in report]:
+        print(f"still to measure, then pack again: {evaluation(folder, metric)}")
+
+
+def portable(config):
+    """A config that names its data set, not where this machine keeps it."""
+    config = config.copy_and_resolve_references()
+    path = pathlib.Path(config.data.dataset)
+    config.data.dataset = path.stem if path.is_absolute() or path.suffix else config.data.dataset
+    config.data.data_dir = None
+    return config
+
+
+def halved(ems: EMS) -> EMS:
+    """l, s, b in half the size of float32 where float16 holds them to HALVED_ERROR, else in float32."""
+
+    def rounded(values):
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        error = np.abs(half - values).max((1, 2, 3))
+        return half if (error <= HALVED_ERROR * np.abs(values).max((1, 2, 3))).all() else values.astype(np.float32)
+
+    return ems._replace(l=rounded(ems.l), s=rounded(ems.s), b=rounded(ems.b))
+
+
+def refuse_large(folder, names, limit: int, what: str):
+    size = sum((folder / name).stat().st_size for name in names if (folder / name).exists())
+    if size > limit:
+        raise UserError(
+            f"{' and '.join(names)} in {folder} take {size / 1e6:.1f} MB of at most {limit / 1e6:g} for {what}"
+        )
+
+
+def measure_ems(folder) -> str:
+    return f"python -m ems --workdir={folder} --num_data=4096"
+
+
+def evaluation(folder, metric: str) -> str:
+    more = " --solver=dpmv3 --steps=10" if metric == "fid" else ""
+    return f"python evaluate.py --workdir={folder} --metrics={metric}{more}"
+
+
+def training_command(config, name: str) -> str:
+    """The command that trains such a model: a config of this package and what differs from it."""
+    try:
+        theirs = experiments.flat(importlib.import_module(f"configs.{name}").get_config())
+    except ModuleNotFoundError:
+        return "that of config.json"
+    plain = lambda value: list(value) if isinstance(value, tuple) else value
+    changed = {
+        field: value
+        for field, value in experiments.flat(config).items()
+        if plain(value) != plain(theirs.get(field)) and not field.startswith(experiments.FREE_SECTIONS)
+    }
+    overrides = "".join(f" --config.{field}={value}" for field, value in changed.items())
+    return f"`python train.py --config=configs/{name}.py{overrides}`"
+
+
+def card(run, model, config, log: dict | None, report: dict) -> str:
+    """What the model is and how good it is, as far as that was measured."""
+    folder, experiment = model.workdir, model.experiment
+    height, width, channels = experiment.image_shape
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(model.params))
+    facts = {
+        "images": f"{height}x{width}x{channels}, data set {config.data.dataset}",
+        "SDE": f"{statistics.describe_sde(experiment.sde)}",
+        "network": f"{config.model.name}, {size / 1e6:.2f} M parameters, half precision",
+        "trained by": training_command(config, folder.name),
+        "steps": f"{run.step} of batches of {config.training.batch_size}",
+    }
+    if log is not None:
+        facts["hours"] = f"{log['hours']:.1f} between what was logged first and last, without pauses"
+        facts["training loss"] = f"{log['loss']:.5f}, mean of the last {log['loss_values']} logged"
+        if log["held_out_loss"] is not None:
+            facts["test loss while training"] = f"{log['held_out_loss']:.5f}, averaged parameters, one batch"
+    facts["identity"] = f"{model.identity}; of the run, in single precision, {run.identity}"
+    path = folder / "ems.npz"
+    if path.exists():
+        origin = statistics.load_origin(path)
+        facts["EMS"] = f"{origin['nodes'] + 1} nodes, {origin['num_data']} images of {origin['data']}"
+    lines = [f"# {folder.name}: a model in the box", "", *reports.table(["", ""], [list(row) for row in facts.items()])]
+    lines += ["", "    python sample.py --solver=dpmv3" + f" --workdir=pretrained/{folder.name}", "", "## Measured", ""]
+    for metric in ("loss", "bpd", "encoding", "fid", "convergence"):
+        if metric in report:
+            found = [line for line in reports.SECTIONS[metric][1](report[metric]) if not line.startswith("![")]
+            lines += [f"`{evaluation(folder, metric)}`", "", *found, ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+if __name__ == "__main__":
+    experiments.run(main)

@@ -1,0 +1,63 @@
+"""Scalars read back from TensorBoard's event files.
+
+A file is a sequence of records: length (uint64), its CRC, a protocol buffer of that length, its CRC.
+"""
+
+import pathlib
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from tensorboardX.proto.event_pb2 import Event
+
+
+class Curve(NamedTuple):
+    """A scalar by step, rising."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def records(path: pathlib.Path) -> Iterator[Event]:
+    """The whole records of a file; a killed writer may have left part of one at its end."""
+    with open(path, "rb") as file:
+        while len(head := file.read(12)) == 12:
+            body = file.read(struct.unpack("<Q", head[:8])[0])
+            if len(file.read(4)) < 4:
+                return
+            yield Event.FromString(body)
+
+
+def scalars(folder: pathlib.Path, last_step: int) -> tuple[dict[str, Curve], float]:
+    """Curves by tag of all event files of a folder up to a step, and the hours of these without pauses between files.
+
+    Where a resumed run went over steps again, the later file counts.
+    """
+    found, seconds = {}, 0.0
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        times = []
+        for event in records(path):
+            if event.step > last_step:
+                break
+            times.append(event.wall_time)
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
+        seconds += times[-1] - times[0] if times else 0
+    curves = {tag: Curve(*map(np.array, zip(*sorted(values.items()), strict=True))) for tag, values in found.items()}
+    return curves, seconds / 3600
+
+
+MEAN_OF = 20  # the last values logged
+
+
+def training(folder: pathlib.Path, last_step: int) -> tuple[dict, Curve, Curve | None] | None:
+    """Of what train.py logged: a record of it, the loss, and that of averaged parameters on test images; or None."""
+    curves, hours = scalars(folder, last_step)
+    if "loss" not in curves:
+        return None
+    loss, held_out = curves["loss"], curves.get("held-out_loss__EMA_")  # as TensorBoard spells train.py's tag
+    last = loss.values[-MEAN_OF:]
+    record = dict(steps=last_step, hours=hours, loss=float(last.mean()), loss_values=len(last))
+    return record | dict(held_out_loss=None if held_out is None else float(held_out.values[-1])), loss, held_out

@@ -1,0 +1,267 @@
+"""The report of a model: what was measured, by name, as one JSON file, and the same to read, as markdown.
+
+A report is {"model": {workdir, step, identity}, metric: result, ...}. A result holds, besides what its metric measured,
+seed, seconds, command and versions of the call that did. "fid" is a list of results, one for each way of sampling;
+"training" and "ems" describe the run's files.
+"""
+
+import json
+import pathlib
+
+from score_sde.errors import UserError
+
+# What tells two results of "fid" apart; a result that agrees in all takes the place of the earlier one.
+ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
+
+
+def read(folder: pathlib.Path) -> dict | None:
+    """The report in a folder, if there is one."""
+    path = folder / "report.json"
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+        report["model"]["identity"], report["model"]["step"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is no report ({' '.join(str(error).split())[:80]}): delete it") from None
+    # before results told of the call that made them, they did not add up
+    return report if "command" not in report else {"model": report["model"]}
+
+
+def add(report: dict, metric: str, result: dict) -> dict:
+    """A report with a result in the place of the metric's earlier one; of "fid", of that made in the same way."""
+    result = json.loads(json.dumps(result))
+    if metric == "fid":
+        others = [row for row in report.get("fid", []) if any(row.get(key) != result.get(key) for key in ROW)]
+        return report | {"fid": [*others, result]}
+    return report | {metric: result}
+
+
+# ------------------------------------------------------------------------------------------------ lines of a result
+
+
+def table(header: list, rows: list[list]) -> list[str]:
+    """Lines of a markdown table."""
+    line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
+    return [line(header), "|---" * len(header) + "|", *map(line, rows)]
+
+
+def samples_lines(result) -> list[str]:
+    return [
+        f"{result['num_samples']} samples by {result['solver']}, {result['steps']} evaluations, seed {result['seed']}",
+        "",
+        "![samples](samples.png)",
+    ]
+
+
+def training_lines(result) -> list[str]:
+    line = f"Trained {result['steps']} steps in {result['hours']:.2f} hours; training loss {result['loss']:.5f}"
+    line += f" (mean of the last {result['loss_values']} logged)"
+    if result["held_out_loss"] is not None:
+        line += f", test loss of averaged parameters {result['held_out_loss']:.5f} (last batch logged)"
+    return [line, "", "![loss](loss.png)"]
+
+
+def loss_lines(result) -> list[str]:
+    return [f"Test loss {result['mean']:.5f} +- {result['standard_error']:.5f} ({result['images']} images)"]
+
+
+def bpd_lines(result) -> list[str]:
+    given = ", given their classes" if result["conditional"] else ""
+    evaluations = sum(result["evaluations"]) / len(result["evaluations"])
+    lines = [
+        f"Bits/dim {result['mean']:.4f} +- {result['standard_error']:.4f} ({result['num_data']} images{given}, "
+        f"{result['repeats']} repeats of {result['num_probes']} {result['probe']} probes, "
+        f"{evaluations:.0f} evaluations)",
+    ]
+    if not result["trained_on_dequantized"]:
+        lines += [
+            "",
+            "Of levels dequantized here, (level + u) / 256; this model was trained on levels alone "
+            "(data.uniform_dequantization is off), so the bound is valid but looser than after training for it.",
+        ]
+    return lines
+
+
+def encoding_lines(result) -> list[str]:
+    there, back = (sum(column) / len(column) for column in zip(*result["evaluations"], strict=True))
+    return [
+        f"Data to latent and back: RMS error {result['rms']:.1e}, largest {result['largest']:.1e} in the data range "
+        f"({result['images']} images, rtol {result['rtol']:g}, {there:.0f} + {back:.0f} evaluations)"
+    ]
+
+
+def convergence_lines(result) -> list[str]:
+    return [
+        f"RMS distance to the fine solution over {result['noises']} noises (DPM-Solver++ 2M in {result['fine_steps']} "
+        f"evaluations, itself known to {result['fine_uncertainty']:.1e})",
+        "",
+        *table(
+            ["evaluations", *result["steps"]],
+            [[name, *(f"{value:.4f}" for value in values)] for name, values in result["rms"].items()],
+        ),
+        "",
+        "![convergence](convergence.png)",
+    ]
+
+
+def quality_lines(result) -> list[str]:
+    """Distances of one set of images to the data, with the floor: what as many test images have."""
+    distance, n = result["distance"], result["num_samples"]
+    kernel, score = quality_names(result)
+    lines = [
+        f"{result['title']}, against {result['against']}; weights {result['weights_sha256'][:8]}, "
+        f"{result['preprocessing']}",
+        "",
+        *table(
+            [distance, f"floor: {result['floor_num_samples']} test images"],
+            [[f"{result['frechet']:.4g}", f"{result['floor']:.4g}"]],
+        ),
+        "",
+        f"{score} {result['inception_score']:.3f} +- {result['inception_score_std']:.3f} "
+        f"({result['inception_score_splits']} splits)",
+    ]
+    if "kernel" in result:
+        lines += [
+            "",
+            f"{kernel} {result['kernel']:.6f} +- {result['kernel_std']:.6f} (standard deviation over "
+            f"{result['kernel_subsets']} subsets of {result['kernel_subset_size']})",
+            "",
+            f"Precision {result['precision']:.4f}, recall {result['recall']:.4f} (k = 3, {result['pairs_samples']} "
+            f"images among {result['pairs_reference']})",
+        ]
+    return [*lines, *too_few(result)] if n <= result["dimension"] else lines
+
+
+def too_few(result) -> list[str]:
+    return [
+        "",
+        f"Warning: {result['num_samples']} images do not determine a covariance of {result['dimension']} features: "
+        f"{result['distance']} is too large by an amount that depends on the number; compare it at equal numbers only",
+    ]
+
+
+def quality_names(result) -> tuple[str, str]:
+    """What the kernel distance and the score of the classes are called."""
+    if result["distance"] == "FID":
+        return "KID", "Inception Score"
+    return f"KD-{result['network']}", f"score of the classes of {result['network']}"
+
+
+def fid_lines(results) -> list[str]:
+    """A table for each network, preprocessing and reference, one row a way of sampling."""
+    group = lambda result: tuple(result[key] for key in ("distance", "weights_sha256", "preprocessing", "against"))
+    lines = []
+    for key in dict.fromkeys(map(group, results)):
+        rows = sorted(
+            (result for result in results if group(result) == key),
+            key=lambda result: (result["num_samples"], result["solver"], result["steps"], result["seed"]),
+        )
+        distance, weights, preprocessing, against = key
+        kernel, score = quality_names(rows[0])
+        pairs = lambda row: [
+            f"{row['kernel']:.6f} +- {row['kernel_std']:.6f}",
+            *map("{:.4f}".format, (row["precision"], row["recall"])),
+        ]
+        lines += [
+            f"{distance} of samples against {against}; weights {weights[:8]}, {preprocessing}. The floor is that of as "
+            f"many test images, or of all where there are fewer. Score: {score}, +- its deviation over splits; "
+            f"{kernel}: +- its deviation over subsets.",
+            "",
+            *table(
+                ["solver", "evaluations", "samples", "seed", distance, "floor", "score", kernel, "precision", "recall"],
+                [
+                    [
+                        row["solver"],
+                        row["steps"],
+                        row["num_samples"],
+                        row["seed"],
+                        f"{row['frechet']:.4g}",
+                        f"{row['floor']:.4g} ({row['floor_num_samples']})",
+                        f"{row['inception_score']:.3f} +- {row['inception_score_std']:.3f}",
+                        *(pairs(row) if "kernel" in row else ["", "", ""]),
+                    ]
+                    for row in rows
+                ],
+            ),
+        ]
+        for row in rows:
+            if row["num_samples"] <= row["dimension"]:
+                lines += too_few(row)
+        lines.append("")
+    return lines[:-1]
+
+
+def ems_lines(result) -> list[str]:
+    guidance = f", guidance {result['guidance_scale']:g}" if result["guidance_scale"] else ""
+    return [
+        f"EMS at {result['nodes'] + 1} nodes, of {result['num_data']} images of {result['data']}{guidance}",
+        "",
+        "![EMS](ems.png)",
+    ]
+
+
+# section: its heading and what makes its lines, in the order of a report
+SECTIONS = {
+    "samples": ("Samples", samples_lines),
+    "training": ("Training", training_lines),
+    "loss": ("Loss", loss_lines),
+    "bpd": ("Likelihood", bpd_lines),
+    "encoding": ("Encoding", encoding_lines),
+    "fid": ("Quality of samples", fid_lines),
+    "convergence": ("Convergence of solvers", convergence_lines),
+    "ems": ("Empirical model statistics", ems_lines),
+}
+
+
+def lines(metric: str, result: dict) -> list[str]:
+    """What one result says."""
+    return quality_lines(result) if metric == "fid" else SECTIONS[metric][1](result)
+
+
+def render(report: dict) -> str:
+    """The report to read; its pictures are beside it."""
+    model = report["model"]
+    lines = [f"# {model['workdir']} at step {model['step']} ({model['identity']})", ""]
+    for name, (heading, section) in SECTIONS.items():
+        if name in report:
+            lines += [f"## {heading}", "", *section(report[name]), ""]
+    made = [
+        (name, result)
+        for name in SECTIONS
+        for result in (report.get(name) if name == "fid" else [report.get(name)]) or []
+        if result and "command" in result
+    ]
+    lines += ["## How", ""]
+    lines += table(
+        ["metric", "seconds", "command"], [[n, f"{r['seconds']:.1f}", f"`python {r['command']}`"] for n, r in made]
+    )
+    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in result["versions"].items()) for _, result in made)
+    return "\n".join([*lines, "", *versions, ""])
+
+
+def headline(report: dict) -> dict[str, str]:
+    """The figures of a report by name, for a table of several reports."""
+    found = {}
+    for name, what in (("loss", "test loss"), ("bpd", "bits/dim")):
+        if name in report:
+            found[what] = f"{report[name]['mean']:.5f} +- {report[name]['standard_error']:.5f}"
+    if "encoding" in report:
+        found["RMS there and back"] = f"{report['encoding']['rms']:.1e}"
+    for row in report.get("fid", []):
+        what = f"{row['distance']} of {row['num_samples']} by {row['solver']} {row['steps']}"
+        found[what] = f"{row['frechet']:.4g} (floor {row['floor']:.4g})"
+    if "convergence" in report:
+        study = report["convergence"]
+        for name, values in list(study["rms"].items())[-1:]:
+            found[f"RMS of {name} in {study['steps'][0]}"] = f"{values[0]:.4f}"
+    return found
+
+
+def compared(reports: dict[int, dict]) -> list[str]:
+    """A table of several reports' figures, one row a step."""
+    figures = {step: headline(report) for step, report in reports.items()}
+    names = list(dict.fromkeys(name for found in figures.values() for name in found))
+    return table(
+        ["step", *names], [[step, *(found.get(name, "") for name in names)] for step, found in figures.items()]
+    )

@@ -1,0 +1,166 @@
+"""A packed model draws what its run would with rounded parameters, and is taken where there is no run, without data."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import experiment as experiments
+from configs import digits
+from ems import statistics
+from score_sde import checkpoint, packed, training
+from score_sde.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# a program whose box is in the folder where it runs
+PROGRAM = (
+    "import pathlib, runpy, sys, experiment; experiment.PRETRAINED = pathlib.Path('pretrained');"
+    "runpy.run_module(sys.argv[1], run_name='__main__', alter_sys=True)"
+)
+
+
+def program(folder, name: str, *arguments):
+    code = PROGRAM.replace("sys.argv[1]", f"{name!r}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def ok(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def write_run(workdir, dataset, change=lambda params: params) -> dict:
+    """A run of a tiny network with one checkpoint, at step 5; its parameters."""
+    config = digits.get_config()
+    with config.unlocked():
+        config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
+        config.data.dataset = str(dataset)
+        config.data.data_dir = "/somewhere"
+        config.ems.update(nodes=22, num_data=16, batch_size=8)
+        config.sampling.update(num_samples=4, batch_size=4)
+    experiments.claim_workdir(workdir, config)
+    experiment = experiments.build(config)
+    random = np.random.default_rng(0)
+    noisy = lambda leaf: np.asarray(leaf) + 0.01 * random.normal(size=leaf.shape).astype(np.float32)
+    params = change(jax.tree.map(noisy, experiment.init_params(0)))
+    state = training.init_state(params, training.make_optimizer(**config.optim))
+    checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
+    checkpoints.save(jax.tree.map(np.asarray, state._replace(step=np.int32(5))), {})
+    checkpoints.wait()
+    return params
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    """A folder where a run was packed, measured, and packed again; the run is not under runs/, its data are gone."""
+    folder = tmp_path_factory.mktemp("box")
+    images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), np.uint8)
+    np.savez(folder / "garments.npz", train_images=images, test_images=images[:8])
+    write_run(folder / "elsewhere", folder / "garments.npz")
+    pack = ["pretrained.pack", "--workdir=elsewhere", "--name=fashion_mnist"]
+    missing = ok(program(folder, *pack))
+    assert "python -m ems --workdir=pretrained/fashion_mnist" in missing
+    first = (folder / "pretrained/fashion_mnist/ema.npz").read_bytes()
+    ok(program(folder, "ems", "--workdir=pretrained/fashion_mnist", f"--dataset_at={folder}/garments.npz"))
+    assert "-m ems" not in ok(program(folder, *pack))
+    assert (folder / "pretrained/fashion_mnist/ema.npz").read_bytes() == first
+    (folder / "measured.npz").write_bytes(
+        next((folder / "runs/pretrained/fashion_mnist/ems").glob("*.npz")).read_bytes()
+    )
+    shutil.rmtree(folder / "runs")
+    (folder / "garments.npz").unlink()
+    return folder
+
+
+def test_what_is_packed(box):
+    """Half precision, statistics to a thousandth, no path of this machine."""
+    folder = box / "pretrained/fashion_mnist"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "ema.npz", "ems.npz", "card.md"}
+    model = experiments.open_model(str(folder))
+    run = experiments.open_model(str(box / "elsewhere"))
+    assert model.step == run.step == 5
+    for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(run.params), strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_array_equal(ours, theirs.astype(np.float16).astype(np.float32))
+    assert model.identity == checkpoint.identity(packed.rounded(run.params)) != run.identity
+    with np.load(folder / "ems.npz") as file:
+        assert file["l"].dtype == file["s"].dtype == file["b"].dtype == np.float16
+    kept, measured = statistics.load(folder / "ems.npz"), statistics.load(box / "measured.npz")
+    assert kept.origin["checkpoint"] == model.identity
+    np.testing.assert_array_equal(kept.lam, measured.lam)
+    for ours, theirs in ((kept.l, measured.l), (kept.s, measured.s), (kept.b, measured.b)):
+        error = np.abs(ours - theirs).max((1, 2, 3))
+        assert error.max() > 0
+        assert (error <= 1e-3 * np.abs(theirs).max((1, 2, 3))).all()
+    assert json.loads((folder / "config.json").read_text())["data"]["dataset"] == "garments"
+    for name in ("config.json", "card.md"):
+        text = (folder / name).read_text()
+        assert str(box) not in text
+        assert "/somewhere" not in text
+    assert str(box) not in json.dumps(kept.origin)
+    assert f"| identity | {model.identity};" in (folder / "card.md").read_text()
+
+
+def samples(path) -> np.ndarray:
+    with np.load(path / "samples.npz") as file:
+        return file["samples"]
+
+
+def test_drawn_without_runs_and_data(box, tmp_path):
+    """Without --workdir: the packed model, said in one line; to the bit what a run of the rounded parameters draws."""
+    shutil.copytree(box / "pretrained", tmp_path / "pretrained")
+    out = ok(program(tmp_path, "sample", "--solver=dpmv3", "--steps=5"))
+    (line,) = [line for line in out.splitlines() if line.startswith("model: ")]
+    for word in ("pretrained/fashion_mnist at step 5", "for the box", "garments", "M parameters", "card.md"):
+        assert word in line
+    assert "EMS: pretrained/fashion_mnist/ems.npz" in out
+    drawn = samples(tmp_path / "runs/pretrained/fashion_mnist/samples/step5-dpmv3-5-seed0")
+    assert len(drawn) == 4
+    assert {path.name for path in (tmp_path / "pretrained/fashion_mnist").iterdir()} == {
+        "config.json", "ema.npz", "ems.npz", "card.md"
+    }  # fmt: skip
+
+    write_run(tmp_path / "runs/newer", "digits", packed.rounded)
+    ems = f"--ems={tmp_path / 'pretrained/fashion_mnist/ems.npz'}"
+    out = ok(program(tmp_path, "sample", "--solver=dpmv3", "--steps=5", ems))  # a run goes first
+    assert "model: runs/newer at step 5" in out
+    assert "box" not in out
+    np.testing.assert_array_equal(samples(tmp_path / "runs/newer/samples/step5-dpmv3-5-seed0"), drawn)
+
+
+def test_mistakes(box, tmp_path):
+    """Another step, a damaged file, another network, training it further, no box: one line each."""
+    folder = tmp_path / "fashion_mnist"
+    shutil.copytree(box / "pretrained/fashion_mnist", folder)
+    with pytest.raises(UserError, match="has one, of step 5"):
+        experiments.open_model(str(folder), 4)
+    with pytest.raises(UserError, match="packed model"):
+        experiments.claim_workdir(folder, experiments.read_config(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["nf"] = 16
+    whole = (folder / "ema.npz").read_bytes()
+    for bad in (whole[:-100], b"", whole[:3000] + bytes(50) + whole[3050:]):
+        (folder / "ema.npz").write_bytes(bad)
+        with pytest.raises(UserError, match="holds no packed model") as told:
+            experiments.open_model(str(folder))
+        assert "\n" not in str(told.value)
+    (folder / "ema.npz").write_bytes(whole)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit"):
+        experiments.open_model(str(folder))
+    with pytest.raises(UserError, match="beyond"):
+        packed.rounded({"a": np.full(3, 1e6, np.float32)})
+    (tmp_path / "empty").mkdir()
+    refused = program(tmp_path / "empty", "sample", "--solver=ddim")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: no run in runs/")
