@@ -1,11 +1,15 @@
-"""Time the network, the training step, EMS and sampling of a config, as ratios to one forward pass of the same run.
+"""Time what a config computes, each as a ratio to one forward pass and to this machine's peaks, all in one run.
 
     python -m benchmarks.run [--config=configs/benchmark.py] [--repeats=7] [--config.x.y=...]
 
-Each figure is the median of --repeats calls after a first one that compiles.
+Each figure is the median of --repeats calls after a first one that compiles. The peaks are those of a matrix product
+and of a 3x3 convolution, measured first: a slower hour of the machine lowers both. The network's rows tell
+the share of the convolution peak that its floating-point operations, as XLA counts them, reach. Prints markdown.
 """
 
 import functools
+import os
+import platform
 import statistics
 import time
 
@@ -16,13 +20,13 @@ from absl import flags
 
 import experiment as experiments
 from ems import estimate
-from score_sde import training
-from solvers import tableau
-from solvers.dpm_solver import ddim, dpm_solver_pp
+from ems.statistics import EMS
+from score_sde import data, training
+from solvers import SOLVERS, probability_flow, tableau
 
 CONFIG = experiments.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Calls timed of each.", lower_bound=1)
-STEPS = 10
+STEPS = 12  # network evaluations of each solver
 
 
 def seconds(function, *arguments) -> float:
@@ -36,7 +40,13 @@ def seconds(function, *arguments) -> float:
     return statistics.median(times)
 
 
+def operations(function, *arguments) -> float:
+    """Floating-point operations of a jitted call, as XLA counts them."""
+    return function.lower(*arguments).compile().cost_analysis()["flops"]
+
+
 def main():
+    # ------------------------------------------------------------------------------ what is timed, and on what
     config = experiments.config_of(CONFIG)
     experiment = experiments.build(config)
     batch_size = config.training.batch_size
@@ -44,45 +54,89 @@ def main():
     x = jax.random.normal(jax.random.key(0), (batch_size, *experiment.image_shape))
     t = jnp.full((batch_size,), 0.5)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(
-        f"{size / 1e6:.2f} M parameters, images {experiment.image_shape}, batch {batch_size}, {jax.default_backend()}"
-    )
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, {os.cpu_count()} CPU cores, {platform.machine()}, jax {jax.__version__}")
+    print(f"{size / 1e6:.2f} M parameters, images {experiment.image_shape}, batch {batch_size}, one device")
 
-    forward = seconds(jax.jit(lambda params, x, t: experiment.noise_of(params)(x, t)), params, x, t)
-    show("forward", forward, forward, batch_size)
+    # ------------------------------------------------------------------------------ the machine
+    square = jnp.ones((2048, 2048))
+    maps, kernel = jnp.ones((32, 32, 32, 128)), jnp.ones((3, 3, 128, 128))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=dimensions
+    )
+    product = 2 * square.size * len(square) / seconds(jax.jit(jnp.matmul), square, square)
+    convolution = 2 * maps.size * kernel[..., 0].size / seconds(jax.jit(convolve), maps, kernel)
+    print(f"peaks: matrix product {product / 1e9:.0f} GFLOP/s, 3x3 convolution {convolution / 1e9:.0f} GFLOP/s\n")
+    print("| | seconds | images/s | forwards | GFLOP | of the convolution peak |\n|---|---|---|---|---|---|")
+
+    # ------------------------------------------------------------------------------ the work
+    network = jax.jit(lambda params, x, t: experiment.noise_of(params)(x, t))
+    forward = seconds(network, params, x, t)
+
+    def show(name: str, duration: float, flops: float | None = None, images: int = batch_size):
+        counted = " | " if flops is None else f"{flops / 1e9:.1f} | {flops / duration / convolution:.2f}"
+        print(
+            f"| {name} | {duration:.4f} | {images / duration:.0f} | {duration / forward:.2f} | {counted} |", flush=True
+        )
+
+    show("forward", forward, operations(network, params, x, t))
 
     optimizer = training.make_optimizer(**config.optim)
-    step = training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False)
+    step = jax.jit(training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False))
     batch = {
         "image": np.zeros((1, batch_size, *experiment.image_shape), np.uint8),
         "label": np.zeros((1, batch_size), np.int32),
         "index": np.arange(batch_size)[None],
     }
-    show("training step", seconds(jax.jit(step), training.init_state(params, optimizer), batch), forward, batch_size)
+    arguments = training.init_state(params, optimizer), batch, 0
+    show("training step", seconds(step, *arguments), operations(step, *arguments))
 
-    nodes = estimate.nodes(experiment.sde, 3)
+    node = jax.tree.map(np.float32, estimate.nodes(experiment.sde, 3))
     measure = jax.jit(
         lambda params, node, x: estimate.measure(
             experiment.noise_of(params), node, np.arange(4), jax.random.key(0), x, np.arange(batch_size)
         )
     )
-    node = jax.tree.map(np.float32, nodes)
-    show("EMS, one node", seconds(measure, params, node, x) / 4, forward, batch_size)
+    show("EMS, one node", seconds(measure, params, node, x) / 4)
     two_pass = jax.jit(functools.partial(published_two_pass, experiment))
-    show("EMS, one node, in the published two passes", seconds(two_pass, params, x, t), forward, batch_size)
+    show("EMS, one node, the published two passes", seconds(two_pass, params, x, t))
 
-    solve = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x))
-    for name, table in (
-        ("DDIM", ddim(experiment.sde, STEPS)),
-        ("DPM-Solver++ 3M", dpm_solver_pp(experiment.sde, STEPS, order=3)),
-    ):
-        table = jax.tree.map(np.float32, tableau.uniform(table, 4, experiment.image_shape))
-        show(f"{name}, one of {STEPS} evaluations", seconds(solve, params, table, x) / STEPS, forward, batch_size)
-    print(f"compilations for these solvers: {solve._cache_size()}")
+    draws = experiments.draws(experiment, experiments.sample_keys(0, np.arange(batch_size)))
+    solve = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x, draws))
+    times = experiment.sde.t_min, experiment.sde.t_max
+    tables = {
+        name: build(experiment.sde, STEPS, **({"ems": flat_ems(experiment, times)} if name == "dpmv3" else {}))
+        for name, build in SOLVERS.items()
+    }
+    history = max(table.history for table in tables.values())  # then all that draw no noise share one program
+    for name, table in tables.items():
+        table = jax.tree.map(np.float32, tableau.uniform(table, history, experiment.image_shape))
+        show(f"{name}, one of {STEPS} evaluations", seconds(solve, params, table, x) / STEPS)
+
+    probe = probability_flow.rademacher(jax.random.key(1), 1, x.shape)
+    likelihood = jax.jit(
+        lambda params, x: probability_flow.log_likelihood(
+            experiment.noise_of(params), experiment.sde, x, probe, rtol=1e-2, atol=1e-2
+        )[::2]
+    )
+    _, run = likelihood(params, x)
+    show("likelihood, one evaluation", seconds(likelihood, params, x) / int(run.evaluations))
+
+    # ------------------------------------------------------------------------------ the data
+    shape = (50_000, *experiment.image_shape)
+    pictures = np.zeros(shape, np.uint8)
+    images = data.Images("zeros", len(pictures), lambda index: {"image": pictures[index]})
+    stream = data.Stream(images, batch_size=1024, seed=0)
+    show("data in memory, batches of 1024", seconds(lambda: stream.batch(7)["image"]), images=1024)
+    print(f"\ncompilations for all solvers: {solve._cache_size()}")
 
 
-def show(name: str, duration: float, forward: float, images: int):
-    print(f"{name:45s} {duration:8.4f} s {images / duration:9.0f} images/s {duration / forward:6.2f} forwards")
+def flat_ems(experiment: experiments.Experiment, times: tuple[float, float]) -> EMS:
+    """Statistics of no model, l = 1 and s = b = 0: the solver's time does not depend on them."""
+    t = np.linspace(*times[::-1], 25)
+    zero = np.zeros((len(t), *experiment.image_shape))
+    return EMS(t, experiment.sde.lam(t), zero + 1, zero, zero, {})
 
 
 def published_two_pass(experiment, params, x, t):

@@ -24,7 +24,6 @@ def get_config():
     config.training.eval_freq = 500
     config.training.checkpoint_freq = 1000
     config.training.keep_freq = 1500
-    config.ems.num_data = 768
     config.optim.lr = 1e-3
     config.optim.warmup = 200
     return config

@@ -1,0 +1,59 @@
+"""Time the training step on the devices of all processes that run this, as rows of a table.
+
+    python -m benchmarks.scaling [--config=configs/benchmark.py] [--repeats=7] [--config.x.y=...]
+
+Started like train.py, on one device, several, or by several processes (docs/pods.md). Strong scaling divides the
+config's batch over all devices, weak scaling gives that batch to each.
+"""
+
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+import experiment as experiments
+from score_sde import parallel, training
+
+CONFIG = experiments.config_flag()
+REPEATS = flags.DEFINE_integer("repeats", 7, "Steps timed of each.", lower_bound=1)
+
+
+def main():
+    config = experiments.config_of(CONFIG)
+    experiment = experiments.build(config)
+    batch = config.training.batch_size
+    print("| processes | devices of each | batch | seconds of a step | images/s |\n|---|---|---|---|---|")
+    for size in dict.fromkeys((batch, batch * jax.device_count())):
+        seconds = seconds_of_a_step(experiment, size)
+        layout = f"{jax.process_count()} | {jax.local_device_count()}"
+        print(f"| {layout} | {size} | {seconds:.3f} | {size / seconds:.0f} |", flush=True)
+
+
+def seconds_of_a_step(experiment: experiments.Experiment, batch: int) -> float:
+    """Median time of a step of that global batch, after one that compiles."""
+    share = parallel.batch_per_device(batch)
+    optimizer = training.make_optimizer(**experiment.config.optim)
+    step = parallel.pmap(
+        training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False),
+        in_axes=(0, 0, None),
+        donate_argnums=0,
+    )
+    state = parallel.replicate(training.init_state(experiment.init_params(0), optimizer))
+    n = jax.local_device_count()
+    images = {
+        "image": np.zeros((n, 1, share, *experiment.image_shape), np.uint8),
+        "label": np.zeros((n, 1, share), np.int32),
+        "index": (jax.process_index() * n * share + np.arange(n * share)).reshape(n, 1, share),
+    }
+    times = []
+    for number in range(REPEATS.value + 1):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, images, number))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    experiments.run(main)
