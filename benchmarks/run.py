@@ -1,6 +1,6 @@
 """Time what a config computes, each as a ratio to one forward pass and to this machine's peaks, all in one run.
 
-    python -m benchmarks.run [--config=configs/benchmark.py] [--repeats=7] [--config.x.y=...]
+    python -m benchmarks.run --config=configs/benchmark.py [--repeats=7] [--config.x.y=...]
 
 Each figure is the median of --repeats calls after a first one that compiles. The peaks are those of a matrix product
 and of a 3x3 convolution, measured first: a slower hour of the machine lowers both. The network's rows tell
@@ -42,7 +42,7 @@ def seconds(function, *arguments) -> float:
 
 def operations(function, *arguments) -> float:
     """Floating-point operations of a jitted call, as XLA counts them."""
-    return function.lower(*arguments).compile().cost_analysis()["flops"]
+    return function.lower(*arguments).cost_analysis()["flops"]
 
 
 def main():

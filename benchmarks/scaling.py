@@ -1,6 +1,6 @@
 """Time the training step on the devices of all processes that run this, as rows of a table.
 
-    python -m benchmarks.scaling [--config=configs/benchmark.py] [--repeats=7] [--config.x.y=...]
+    python -m benchmarks.scaling --config=configs/benchmark.py [--repeats=7] [--config.x.y=...]
 
 Started like train.py, on one device, several, or by several processes (docs/pods.md). Strong scaling divides the
 config's batch over all devices, weak scaling gives that batch to each.

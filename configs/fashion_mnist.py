@@ -4,7 +4,7 @@
     python train.py --config=configs/fashion_mnist.py --config.data.dataset=fashion_mnist.npz
 
 The first form reads tensorflow-datasets, the second an .npz, IDX files or a folder. 1.8 M parameters; not yet trained
-to the end here, so no number to expect.
+to the end here: the model in the box (pretrained/fashion_mnist) had 11 447 steps.
 """
 
 from configs import base, models
@@ -26,6 +26,8 @@ def get_config():
     config.training.eval_freq = 1000
     config.training.checkpoint_freq = 1000
     config.training.keep_freq = 10_000
+    config.eval.likelihood.num_data = 256
+    config.eval.likelihood.repeats = 1
     config.optim.lr = 5e-4
     config.optim.warmup = 1000
     return config

@@ -103,7 +103,7 @@ def measure_ems(folder) -> str:
 
 
 def evaluation(folder, metric: str) -> str:
-    more = " --solver=dpmv3 --steps=10" if metric == "fid" else ""
+    more = " --solver=dpmv3 --steps=10 --num_samples=10000" if metric == "fid" else ""
     return f"python evaluate.py --workdir={folder} --metrics={metric}{more}"
 
 
@@ -133,7 +133,7 @@ def card(run, model, config, log: dict | None, report: dict) -> str:
         "SDE": f"{statistics.describe_sde(experiment.sde)}",
         "network": f"{config.model.name}, {size / 1e6:.2f} M parameters, half precision",
         "trained by": training_command(config, folder.name),
-        "steps": f"{run.step} of batches of {config.training.batch_size}",
+        "steps": f"{run.step} of the config's {config.training.n_iters}, batches of {config.training.batch_size}",
     }
     if log is not None:
         facts["hours"] = f"{log['hours']:.1f} between what was logged first and last, without pauses"
@@ -150,7 +150,8 @@ def card(run, model, config, log: dict | None, report: dict) -> str:
     for metric in ("loss", "bpd", "encoding", "fid", "convergence"):
         if metric in report:
             found = [line for line in reports.SECTIONS[metric][1](report[metric]) if not line.startswith("![")]
-            lines += [f"`{evaluation(folder, metric)}`", "", *found, ""]
+            each = " (each row with its own solver, steps and num_samples)" if metric == "fid" else ""
+            lines += [f"`{evaluation(folder, metric)}`{each}", "", *found, ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

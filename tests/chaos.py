@@ -1,6 +1,6 @@
 """Break the programs on purpose, let them go on, and compare with undisturbed runs: the table of docs/reliability.md.
 
-    python -m tests.chaos                                     everything, about an hour on two cores
+    python -m tests.chaos                                     everything, half an hour to an hour on two cores
     python -m tests.chaos --fault=train,sample --times=10     some of it
 
 The model is tiny, so that a step takes milliseconds and a checkpoint is being written most of the time.
@@ -207,6 +207,38 @@ def stopped_process(folder, times, rng):
     return "nothing", difference(reference, workdir)
 
 
+def other_layouts(folder, times, rng):
+    """Every number of processes and devices trains, measures, samples and evaluates as one process with one device."""
+    log, steps = folder / "log", 2 * EVERY
+    small = ["--config.training.batch_size=16", f"--config.training.n_iters={steps}"]
+    ems = ["--config.ems.nodes=22", "--config.ems.num_data=32", "--config.ems.batch_size=16"]
+
+    def made(processes, devices):
+        run = folder / f"layout{processes}x{devices}"
+        for command in (
+            ["train.py", *TINY, *small, *ems],
+            ["sample.py", "--solver=dpmv3", "--num_samples=32", "--batch_size=16", "--name=samples"],
+            ["evaluate.py", "--metrics=loss"],
+        ):
+            ended(log, start(log, *command, f"--workdir={run}", processes=processes, devices=devices))
+        (statistics,) = (path for path in (run / "ems").glob("*.npz") if "partial" not in path.name)
+        loss = json.loads((run / "eval" / "report.json").read_text())["loss"]["mean"]
+        return dict(
+            parameters=restored(run, steps),
+            EMS=arrays_of(statistics),
+            samples=[image.astype(int) for image in arrays_of(run / "samples" / "samples" / "samples.npz")],
+            loss=[np.array(loss)],
+        )
+
+    alone, differences = made(1, 1), collections.defaultdict(float)
+    layouts = [(processes, devices) for processes in (1, 2, 4) for devices in (1, 2, 4)]
+    for processes, devices in layouts[1 : 1 + times]:
+        for what, arrays in made(processes, devices).items():
+            found = max(np.abs(a - b).max() for a, b in zip(arrays, alone[what], strict=True))
+            differences[what] = max(differences[what], float(found))
+    return "nothing", "largest differences: " + ", ".join(f"{what} {value:.1e}" for what, value in differences.items())
+
+
 FAULTS = {
     "train": ("`kill -9` of a training", killed_training, 50),
     "ems": ("`kill -9` of `python -m ems`", killed_ems, 10),
@@ -215,6 +247,7 @@ FAULTS = {
     "damage": ("a damaged last checkpoint", damaged_checkpoints, 100),
     "dead": ("`kill -9` of one process of 4 or 2, resumed by another number", dead_process, 6),
     "stop": ("SIGTERM to one process of 2", stopped_process, 4),
+    "layouts": ("other layouts: 1, 2, 4 processes with 1, 2, 4 devices each", other_layouts, 8),
 }
 FAULT = flags.DEFINE_list("fault", list(FAULTS), "Which of them.")
 TIMES = flags.DEFINE_integer("times", None, "How often each; as in the table of docs/reliability.md if absent.")
