@@ -1,0 +1,153 @@
+"""Time this package beside PyTorch and diffusers in one run, on one machine.
+
+    pip install torch diffusers
+    python -m benchmarks.peers --config=configs/benchmark.py [--repeats=7]
+
+Rows: a 3x3 convolution, the yardstick of the machine's state; the forward pass and the training step of a denoising
+network, ours of the config and diffusers' UNet2DModel of the same widths and depth, whose blocks are others, so that
+GFLOP/s compare and seconds do not; and what DPM-Solver++ 2M costs besides its network. Calls are timed by turns.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl import flags
+from torch.utils.flop_counter import FlopCounterMode
+
+import experiment as experiments
+from score_sde import training
+from solvers import tableau
+from solvers.dpm_solver import dpm_solver_pp
+
+CONFIG = experiments.config_flag()
+REPEATS = flags.DEFINE_integer("repeats", 7, "Calls timed of each.", lower_bound=1)
+STEPS = 50  # of the solvers, whose network is free here
+
+
+def main():
+    config = experiments.config_of(CONFIG)
+    experiment = experiments.build(config)
+    print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, CPU; seconds\n")
+    print("| | ours | theirs | ours / theirs | our GFLOP | their GFLOP |\n|---|---|---|---|---|---|")
+    batch = config.training.batch_size
+    for name, pair in (
+        ("3x3 convolution, 128 channels", convolutions()),
+        *networks(experiment, batch),
+        (f"DPM-Solver++ 2M, {STEPS} steps without network", solvers(experiment, batch)),
+    ):
+        calls, operations = pair
+        ours, theirs = by_turns(calls)
+        counted = " | ".join("" if number is None else f"{number / 1e9:.1f}" for number in operations)
+        print(f"| {name} | {ours:.5f} | {theirs:.5f} | {ours / theirs:.2f} | {counted} |", flush=True)
+
+
+def by_turns(calls: tuple[Callable, Callable]) -> list[float]:
+    """Median seconds of each call, after one that compiles."""
+    times = [[], []]
+    for _ in range(REPEATS.value + 1):
+        for call, found in zip(calls, times, strict=True):
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            found.append(time.perf_counter() - began)
+    return [statistics.median(found[1:]) for found in times]
+
+
+def convolutions():
+    """The same convolution of both; its operations."""
+    x, kernel = np.ones((32, 32, 32, 128), np.float32), np.ones((3, 3, 128, 128), np.float32)
+    ours = jax.jit(
+        functools.partial(
+            jax.lax.conv_general_dilated,
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    )
+    image = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    weight = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    theirs = lambda: torch.nn.functional.conv2d(image, weight, padding=1)
+    operations = 2 * x.size * kernel[..., 0].size
+    return (functools.partial(ours, jnp.asarray(x), jnp.asarray(kernel)), theirs), (operations, operations)
+
+
+def networks(experiment: experiments.Experiment, batch: int):
+    """Forward pass and training step of both networks; their operations as XLA and torch count them."""
+    config, shape = experiment.config, (batch, *experiment.image_shape)
+    model = config.model
+    params = experiment.init_params(0)
+    x, t = jnp.ones(shape), jnp.full((batch,), 0.5)
+    forward = jax.jit(lambda params, x, t: experiment.noise_of(params)(x, t))
+    optimizer = training.make_optimizer(**config.optim)
+    step = jax.jit(training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False))
+    images = {
+        "image": np.zeros((1, *shape), np.uint8),
+        "label": np.zeros((1, batch), np.int32),
+        "index": np.arange(batch)[None],
+    }
+    state = training.init_state(params, optimizer)
+
+    sides = [config.data.image_size // 2**level for level in range(len(model.ch_mult))]
+    kinds = ["Attn" if side in model.attn_resolutions else "" for side in sides]
+    theirs = diffusers.UNet2DModel(
+        sample_size=config.data.image_size,
+        in_channels=config.data.num_channels,
+        out_channels=config.data.num_channels,
+        layers_per_block=model.num_res_blocks,
+        block_out_channels=[model.nf * multiple for multiple in model.ch_mult],
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+    )
+    image, time_label = torch.ones(batch, shape[3], *shape[1:3]), torch.full((batch,), 500.0)
+    adam = torch.optim.Adam(theirs.parameters())
+
+    def their_forward():
+        with torch.no_grad():
+            return theirs(image, time_label).sample.numpy()
+
+    def their_step():
+        adam.zero_grad()
+        loss = (theirs(image, time_label).sample - image).square().mean()
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    def their_operations(call) -> float:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    for name, function, arguments, call in (
+        ("forward", forward, (params, x, t), their_forward),
+        ("training step", step, (state, images, 0), their_step),
+    ):
+        operations = function.lower(*arguments).cost_analysis()["flops"], their_operations(call)
+        yield name, ((functools.partial(function, *arguments), call), operations)
+
+
+def solvers(experiment: experiments.Experiment, batch: int):
+    """All steps of both around a network that returns its input."""
+    table = jax.tree.map(np.float32, dpm_solver_pp(experiment.sde, STEPS))
+    x = jnp.ones((batch, *experiment.image_shape))
+    solve = jax.jit(lambda table, x: tableau.solve(lambda x, t: x, table, x))
+    image = torch.ones(batch, *experiment.image_shape)
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+
+    def theirs():
+        scheduler.set_timesteps(STEPS)
+        sample = image
+        for moment in scheduler.timesteps:
+            sample = scheduler.step(sample, moment, sample).prev_sample
+        return sample.numpy()
+
+    return (functools.partial(solve, table, x), theirs), (None, None)
+
+
+if __name__ == "__main__":
+    experiments.run(main)
