@@ -3,7 +3,8 @@
     python -m benchmarks.scaling --config=configs/benchmark.py [--repeats=7] [--config.x.y=...]
 
 Started like train.py, on one device, several, or by several processes (docs/pods.md). Strong scaling divides the
-config's batch over all devices, weak scaling gives that batch to each.
+config's batch over all devices, weak scaling gives that batch to each. The first step traces and compiles: add
+--compilation_cache=off to time that.
 """
 
 import statistics
@@ -24,15 +25,17 @@ def main():
     config = experiments.config_of(CONFIG)
     experiment = experiments.build(config)
     batch = config.training.batch_size
-    print("| processes | devices of each | batch | seconds of a step | images/s |\n|---|---|---|---|---|")
+    print(
+        "| processes | devices of each | batch | first step | seconds of a step | images/s |\n|---|---|---|---|---|---|"
+    )
     for size in dict.fromkeys((batch, batch * jax.device_count())):
-        seconds = seconds_of_a_step(experiment, size)
+        first, seconds = seconds_of_a_step(experiment, size)
         layout = f"{jax.process_count()} | {jax.local_device_count()}"
-        print(f"| {layout} | {size} | {seconds:.3f} | {size / seconds:.0f} |", flush=True)
+        print(f"| {layout} | {size} | {first:.1f} | {seconds:.3f} | {size / seconds:.0f} |", flush=True)
 
 
-def seconds_of_a_step(experiment: experiments.Experiment, batch: int) -> float:
-    """Median time of a step of that global batch, after one that compiles."""
+def seconds_of_a_step(experiment: experiments.Experiment, batch: int) -> tuple[float, float]:
+    """Times of steps of that global batch: of the first, which compiles, and the median of the others."""
     share = parallel.batch_per_device(batch)
     optimizer = training.make_optimizer(**experiment.config.optim)
     step = parallel.pmap(
@@ -52,7 +55,7 @@ def seconds_of_a_step(experiment: experiments.Experiment, batch: int) -> float:
         began = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, images, number))
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return times[0], statistics.median(times[1:])
 
 
 if __name__ == "__main__":
