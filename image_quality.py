@@ -33,7 +33,7 @@ def feature_network(
             "or train one, python -m score_sde.metrics"
         )
     if name == "inception":
-        path = inception_weights or inception.download(pathlib.Path.home() / ".cache" / "score_sde")
+        path = inception_weights or inception.download(pathlib.Path(experiments.CACHE))
         network = features.standard(path, mode=inception_mode, any_weights=any_inception_weights)
     else:
         network = features.local(known.get(name, name))

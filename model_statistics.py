@@ -216,21 +216,6 @@ def measure(
         f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{guided}: "
         f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
     )
-    key = jax.random.key(seed)
-    classes = (0,) if experiment.num_classes else ()
-    on_devices = parallel.pmap(
-        lambda params, node, node_index, index, x0, *y: estimate.measure(
-            lambda x, t, *y: noise_of(params, *y)(x, t), node, node_index, key, x0, index, *y
-        ),
-        in_axes=(0, None, None, 0, 0, *classes),
-    )
-    params = parallel.replicate(model.params)
-
-    def measured(node, node_index, *arrays):
-        node = jax.tree.map(np.float32, node)
-        found = parallel.gather(on_devices(params, node, node_index, *parallel.shard(arrays)))
-        return jax.tree.map(lambda x: x.reshape(-1, len(node_index), *x.shape[1:]), found)
-
     path.parent.mkdir(parents=True, exist_ok=True)
     began = []
     with experiments.progress(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
@@ -244,7 +229,7 @@ def measure(
                 bar.write(f"EMS: about {minutes:.1f} minutes, {total} calls of {began[2] - began[1]:.2f} s")
 
         blocks = estimate.accumulate(
-            measured,
+            on_devices(model, noise_of, seed),
             node,
             images.take,
             range(first_image, first_image + used),
@@ -256,6 +241,25 @@ def measure(
         )
     write(model, path, moments.Saved(node.t, node.lam, blocks, origin), noise_of)
     return path
+
+
+def on_devices(model: experiments.Model, noise_of: Callable, seed: int) -> Callable:
+    """What `estimate.accumulate` calls: moments of images at some nodes, on all devices, for each of them."""
+    key, params = jax.random.key(seed), parallel.replicate(model.params)
+    classes = (0,) if model.experiment.num_classes else ()
+    mapped = parallel.pmap(
+        lambda params, node, node_index, index, x0, *y: estimate.measure(
+            lambda x, t, *y: noise_of(params, *y)(x, t), node, node_index, key, x0, index, *y
+        ),
+        in_axes=(0, None, None, 0, 0, *classes),
+    )
+
+    def measured(node, node_index, *arrays):
+        node = jax.tree.map(np.float32, node)
+        found = parallel.gather(mapped(params, node, node_index, *parallel.shard(arrays)))
+        return jax.tree.map(lambda x: x.reshape(-1, len(node_index), *x.shape[1:]), found)
+
+    return measured
 
 
 def write(model: experiments.Model, path: pathlib.Path, saved: moments.Saved, noise_of: Callable):

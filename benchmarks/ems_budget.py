@@ -9,7 +9,6 @@ reference's at every number of evaluations. Twenty minutes on two free cores for
 reference; what was stopped goes on.
 """
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -17,7 +16,6 @@ import experiment as experiments
 import model_statistics
 from benchmarks import study
 from ems import estimate, moments, statistics
-from score_sde import parallel
 
 NODES = flags.DEFINE_list("nodes", ["15", "30", "60", "120", "1200"], "Intervals of lam; the last for the reference.")
 STEPS = (5, 6, 8, 10)  # evaluations
@@ -81,17 +79,6 @@ def measured(model, nodes: int, seed: int) -> moments.Moments:
     experiment, source = model.experiment, model_statistics.training_images(model.experiment)
     batch_size = experiment.config.ems.batch_size
     images = range(min(MOST_IMAGES, source.size) // batch_size * batch_size)
-    node, key, params = estimate.nodes(experiment.sde, nodes), jax.random.key(seed), parallel.replicate(model.params)
-    on_devices = parallel.pmap(
-        lambda params, node, node_index, index, x0, *y: estimate.measure(
-            lambda x, t, *y: experiment.noise_of(params, *y)(x, t), node, node_index, key, x0, index, *y
-        ),
-        in_axes=(0, None, None, 0, 0, *((0,) if experiment.num_classes else ())),
-    )
-
-    def on_all(node, node_index, *arrays):
-        return on_devices(params, jax.tree.map(np.float32, node), node_index, *parallel.shard(arrays))
-
     with experiments.progress(desc=f"EMS, {nodes} nodes x {len(images)} images, seed {seed}") as bar:
 
         def progress(done, total):
@@ -100,8 +87,8 @@ def measured(model, nodes: int, seed: int) -> moments.Moments:
 
         study.FOLDER.mkdir(parents=True, exist_ok=True)
         return estimate.accumulate(
-            on_all,
-            node,
+            model_statistics.on_devices(model, experiment.noise_of, seed),
+            estimate.nodes(experiment.sde, nodes),
             source.take,
             images,
             experiment.image_shape,

@@ -22,7 +22,7 @@ from absl import flags
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiment as experiments
-from score_sde import training
+from benchmarks import timed
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
 
@@ -61,37 +61,22 @@ def by_turns(calls: tuple[Callable, Callable]) -> list[float]:
 
 def convolutions():
     """The same convolution of both; its operations."""
-    x, kernel = np.ones((32, 32, 32, 128), np.float32), np.ones((3, 3, 128, 128), np.float32)
-    ours = jax.jit(
-        functools.partial(
-            jax.lax.conv_general_dilated,
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    )
-    image = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    weight = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    ours, maps, kernel, operations = timed.convolution()
+    last = dict(memory_format=torch.channels_last)
+    image = torch.tensor(np.array(maps)).permute(0, 3, 1, 2).contiguous(**last)
+    weight = torch.tensor(np.array(kernel)).permute(3, 2, 0, 1).contiguous(**last)
     theirs = lambda: torch.nn.functional.conv2d(image, weight, padding=1)
-    operations = 2 * x.size * kernel[..., 0].size
-    return (functools.partial(ours, jnp.asarray(x), jnp.asarray(kernel)), theirs), (operations, operations)
+    return (functools.partial(ours, maps, kernel), theirs), (operations, operations)
 
 
 def networks(experiment: experiments.Experiment, batch: int):
     """Forward pass and training step of both networks; their operations as XLA and torch count them."""
     config, shape = experiment.config, (batch, *experiment.image_shape)
     model = config.model
-    params = experiment.init_params(0)
     x, t = jnp.ones(shape), jnp.full((batch,), 0.5)
     forward = jax.jit(lambda params, x, t: experiment.noise_of(params)(x, t))
-    optimizer = training.make_optimizer(**config.optim)
-    step = jax.jit(training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False))
-    images = {
-        "image": np.zeros((1, *shape), np.uint8),
-        "label": np.zeros((1, batch), np.int32),
-        "index": np.arange(batch)[None],
-    }
-    state = training.init_state(params, optimizer)
+    step, state = timed.training_step(experiment)
+    images = timed.blank(experiment, np.arange(batch)[None])
 
     sides = [config.data.image_size // 2**level for level in range(len(model.ch_mult))]
     kinds = ["Attn" if side in model.attn_resolutions else "" for side in sides]
@@ -124,10 +109,10 @@ def networks(experiment: experiments.Experiment, batch: int):
         return counter.get_total_flops()
 
     for name, function, arguments, call in (
-        ("forward", forward, (params, x, t), their_forward),
-        ("training step", step, (state, images, 0), their_step),
+        ("forward", forward, (state.params, x, t), their_forward),
+        ("training step", jax.jit(step), (state, images, 0), their_step),
     ):
-        operations = function.lower(*arguments).cost_analysis()["flops"], their_operations(call)
+        operations = timed.operations(function, *arguments), their_operations(call)
         yield name, ((functools.partial(function, *arguments), call), operations)
 
 

@@ -19,9 +19,10 @@ import numpy as np
 from absl import flags
 
 import experiment as experiments
+from benchmarks import timed
 from ems import estimate
 from ems.statistics import EMS
-from score_sde import data, training
+from score_sde import data
 from solvers import SOLVERS, probability_flow, tableau
 
 CONFIG = experiments.config_flag()
@@ -40,11 +41,6 @@ def seconds(function, *arguments) -> float:
     return statistics.median(times)
 
 
-def operations(function, *arguments) -> float:
-    """Floating-point operations of a jitted call, as XLA counts them."""
-    return function.lower(*arguments).cost_analysis()["flops"]
-
-
 def main():
     # ------------------------------------------------------------------------------ what is timed, and on what
     config = experiments.config_of(CONFIG)
@@ -60,13 +56,9 @@ def main():
 
     # ------------------------------------------------------------------------------ the machine
     square = jnp.ones((2048, 2048))
-    maps, kernel = jnp.ones((32, 32, 32, 128)), jnp.ones((3, 3, 128, 128))
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    convolve = functools.partial(
-        jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=dimensions
-    )
+    convolve, maps, kernel, in_convolution = timed.convolution()
     product = 2 * square.size * len(square) / seconds(jax.jit(jnp.matmul), square, square)
-    convolution = 2 * maps.size * kernel[..., 0].size / seconds(jax.jit(convolve), maps, kernel)
+    convolution = in_convolution / seconds(convolve, maps, kernel)
     print(f"peaks: matrix product {product / 1e9:.0f} GFLOP/s, 3x3 convolution {convolution / 1e9:.0f} GFLOP/s\n")
     print("| | seconds | images/s | forwards | GFLOP | of the convolution peak |\n|---|---|---|---|---|---|")
 
@@ -80,17 +72,11 @@ def main():
             f"| {name} | {duration:.4f} | {images / duration:.0f} | {duration / forward:.2f} | {counted} |", flush=True
         )
 
-    show("forward", forward, operations(network, params, x, t))
+    show("forward", forward, timed.operations(network, params, x, t))
 
-    optimizer = training.make_optimizer(**config.optim)
-    step = jax.jit(training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False))
-    batch = {
-        "image": np.zeros((1, batch_size, *experiment.image_shape), np.uint8),
-        "label": np.zeros((1, batch_size), np.int32),
-        "index": np.arange(batch_size)[None],
-    }
-    arguments = training.init_state(params, optimizer), batch, 0
-    show("training step", seconds(step, *arguments), operations(step, *arguments))
+    step, state = timed.training_step(experiment)
+    step, arguments = jax.jit(step), (state, timed.blank(experiment, np.arange(batch_size)[None]), 0)
+    show("training step", seconds(step, *arguments), timed.operations(step, *arguments))
 
     node = jax.tree.map(np.float32, estimate.nodes(experiment.sde, 3))
     measure = jax.jit(

@@ -10,7 +10,6 @@ deviation over seeds. The signal-to-noise ratio of the corrector is the config's
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -71,8 +70,7 @@ def compared(model, network, n: int, num_samples: int, seeds: int):
 
 def sampler(model, num_samples: int, *, n: int, **options) -> Callable:
     """seed -> samples (num_samples, H, W, C), the last means, as published."""
-    experiment, devices = model.experiment, jax.local_device_count()
-    size = -(-min(study.BATCH, num_samples) // devices) * devices
+    experiment, size = model.experiment, parallel.round_up(min(num_samples, study.BATCH))
     options |= dict(n=n, snr=experiment.config.sampling.snr)
 
     def one_device(params, seed, index):

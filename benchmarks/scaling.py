@@ -15,7 +15,8 @@ import numpy as np
 from absl import flags
 
 import experiment as experiments
-from score_sde import parallel, training
+from benchmarks import timed
+from score_sde import parallel
 
 CONFIG = experiments.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Steps timed of each.", lower_bound=1)
@@ -37,19 +38,10 @@ def main():
 def seconds_of_a_step(experiment: experiments.Experiment, batch: int) -> tuple[float, float]:
     """Times of steps of that global batch: of the first, which compiles, and the median of the others."""
     share = parallel.batch_per_device(batch)
-    optimizer = training.make_optimizer(**experiment.config.optim)
-    step = parallel.pmap(
-        training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False),
-        in_axes=(0, 0, None),
-        donate_argnums=0,
-    )
-    state = parallel.replicate(training.init_state(experiment.init_params(0), optimizer))
-    n = jax.local_device_count()
-    images = {
-        "image": np.zeros((n, 1, share, *experiment.image_shape), np.uint8),
-        "label": np.zeros((n, 1, share), np.int32),
-        "index": (jax.process_index() * n * share + np.arange(n * share)).reshape(n, 1, share),
-    }
+    step, state = timed.training_step(experiment)
+    step, state = parallel.pmap(step, in_axes=(0, 0, None), donate_argnums=0), parallel.replicate(state)
+    index = parallel.shard(np.arange(batch)).reshape(-1, 1, share)  # (devices, steps, batch per device)
+    images = timed.blank(experiment, index)
     times = []
     for number in range(REPEATS.value + 1):
         began = time.perf_counter()

@@ -11,7 +11,7 @@ from absl import flags
 
 import experiment as experiments
 import image_quality
-from score_sde import VERSION, files
+from score_sde import VERSION, files, parallel, report
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features
 from solvers import tableau
@@ -40,8 +40,7 @@ def steps() -> list[int]:
 
 def from_noises(model: experiments.Model, seed: int, n: int) -> Callable:
     """tableau -> samples (n, H, W, C) in the data range, from the same n noises each time."""
-    experiment, devices = model.experiment, jax.local_device_count()
-    size = -(-min(n, BATCH) // devices) * devices
+    experiment, size = model.experiment, parallel.round_up(min(n, BATCH))
     sample = experiments.sampler(model, experiment.noise_of, seed)
 
     def solve(table: tableau.Tableau) -> np.ndarray:
@@ -82,12 +81,7 @@ def of_samples(model: experiments.Model, network: features.FeatureNetwork, x: np
 def rows(corner: str, columns, cells: dict[str, list]) -> list[str]:
     """Lines of a markdown table; numbers to four figures."""
     shown = lambda value: value if isinstance(value, str) else f"{value:#.4g}"
-    return [
-        f"| {corner} | " + " | ".join(map(str, columns)) + " |",
-        "|---" * (len(columns) + 1) + "|",
-        *(f"| {name} | " + " | ".join(map(shown, values)) + " |" for name, values in cells.items()),
-        "",
-    ]
+    return [*report.table([corner, *columns], [[name, *map(shown, row)] for name, row in cells.items()]), ""]
 
 
 def write(name: str, lines: list[str], new: list[str], record: dict):

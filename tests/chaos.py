@@ -88,8 +88,18 @@ def summary(results: list[str]) -> str:
     return "; ".join(f"{count} x {result}" for result, count in collections.Counter(results).items())
 
 
+def killed_and_undisturbed(log, make, arrays, marker: str, times: int, rng) -> str:
+    """Whether `arrays()` after what `make()` starts are those of an undisturbed one, however often it was killed."""
+    began, results = time.monotonic(), []
+    ended(log, start(log, *make()))
+    span, undisturbed = (time.monotonic() - began) / 2, arrays()
+    for _ in torment(log, make, marker, span, times, rng, lambda: None):
+        results.append(equal(undisturbed, arrays()))
+    return summary(results)
+
+
 def killed_ems(folder, times, rng):
-    reference, log, runs, results = whole(folder), folder / "log", [], []
+    reference, log, runs = whole(folder), folder / "log", []
 
     def make():
         runs.append(folder / f"ems{len(runs)}")
@@ -97,16 +107,12 @@ def killed_ems(folder, times, rng):
         return ["-c", EMS_SAVING_OFTEN, f"--workdir={runs[-1]}"]
 
     arrays = lambda: [value for path in (runs[-1] / "ems").glob("*.moments") for value in arrays_of(path)]
-    began = time.monotonic()
-    ended(log, start(log, *make()))
-    span, undisturbed = (time.monotonic() - began) / 2, arrays()
-    for _ in torment(log, make, "evaluations of", span, times, rng, lambda: None):
-        results.append(equal(undisturbed, arrays()))
-    return "what was done since it saved: every 30 s (0.2 s in this test), more rarely on slow disks", summary(results)
+    result = killed_and_undisturbed(log, make, arrays, "evaluations of", times, rng)
+    return "what was done since it saved: every 30 s (0.2 s in this test), more rarely on slow disks", result
 
 
 def killed_sampling(folder, times, rng):
-    reference, log, names, results = whole(folder), folder / "log", [], []
+    reference, log, names = whole(folder), folder / "log", []
 
     def make():
         names.append(f"samples{len(names)}")
@@ -114,16 +120,11 @@ def killed_sampling(folder, times, rng):
         return ["sample.py", f"--workdir={reference}", *sizes, f"--name={names[-1]}"]
 
     arrays = lambda: arrays_of(reference / "samples" / names[-1] / "samples.npz")
-    began = time.monotonic()
-    ended(log, start(log, *make()))
-    span, undisturbed = (time.monotonic() - began) / 2, arrays()
-    for _ in torment(log, make, "evaluations each", span, times, rng, lambda: None):
-        results.append(equal(undisturbed, arrays()))
-    return "at most the batch at work", summary(results)
+    return "at most the batch at work", killed_and_undisturbed(log, make, arrays, "evaluations each", times, rng)
 
 
 def killed_evaluation(folder, times, rng):
-    reference, log, runs, results = whole(folder), folder / "log", [], []
+    reference, log, runs = whole(folder), folder / "log", []
     network = ["--dataset=digits", "--name=digits", "--image_size=8", "--num_channels=1", "--epochs=1"]
     ended(log, start(log, "-m", "score_sde.metrics", *network, f"--folder={folder}"))
 
@@ -137,12 +138,7 @@ def killed_evaluation(folder, times, rng):
         (row,) = json.loads((runs[-1] / "eval" / "report.json").read_text())["fid"]
         return [np.array([row[name] for name in ("frechet", "kernel", "precision", "recall")])]
 
-    began = time.monotonic()
-    ended(log, start(log, *make()))
-    span, undisturbed = (time.monotonic() - began) / 2, found()
-    for _ in torment(log, make, "features:", span, times, rng, lambda: None):
-        results.append(equal(undisturbed, found()))
-    return "at most the batch at work", summary(results)
+    return "at most the batch at work", killed_and_undisturbed(log, make, found, "features:", times, rng)
 
 
 def damaged_checkpoints(folder, times, rng):
@@ -236,7 +232,8 @@ def other_layouts(folder, times, rng):
         for what, arrays in made(processes, devices).items():
             found = max(np.abs(a - b).max() for a, b in zip(arrays, alone[what], strict=True))
             differences[what] = max(differences[what], float(found))
-    return "nothing", "largest differences: " + ", ".join(f"{what} {value:.1e}" for what, value in differences.items())
+    told = ", ".join(f"{what} {value:.1e}" for what, value in differences.items())
+    return "nothing", f"after {steps} steps: largest differences: {told}"
 
 
 FAULTS = {

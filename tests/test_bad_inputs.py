@@ -22,7 +22,6 @@ import experiment as experiments
 from ems import estimate, moments, statistics
 from score_sde import checkpoint, files, training
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAMS = {
     "train": "train",
     "sample": "sample",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,8 @@ from configs import digits
 from ems import statistics
 from score_sde import checkpoint, packed, training
 from score_sde.errors import UserError
+from tests.programs import ROOT, ok
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a program whose box is in the folder where it runs
 PROGRAM = (
     "import pathlib, runpy, sys, experiment; experiment.PRETRAINED = pathlib.Path('pretrained');"
@@ -32,11 +31,6 @@ def program(folder, name: str, *arguments):
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-
-
-def ok(result):
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 def write_run(workdir, dataset, change=lambda params: params) -> dict:

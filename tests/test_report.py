@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -14,8 +13,8 @@ import experiment as experiments
 from configs import digits
 from score_sde import checkpoint, events, report, training
 from score_sde.errors import UserError
+from tests.programs import ROOT, ok
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 MADE = dict(seed=0, seconds=1.0, command="evaluate.py", versions=dict(jax="0"))
 
 
@@ -126,11 +125,6 @@ def evaluate(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def ok(result):
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 def untrained_run(workdir, dataset: str, steps) -> None:

@@ -1,0 +1,38 @@
+"""What several benchmarks time: the training step on blank images, and a convolution to compare others with."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiment import Experiment
+from score_sde import training
+
+
+def training_step(experiment: Experiment) -> tuple[Callable, training.State]:
+    """`training.make_step` of an experiment, and the state before its first step."""
+    optimizer = training.make_optimizer(**experiment.config.optim)
+    step = training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False)
+    return step, training.init_state(experiment.init_params(0), optimizer)
+
+
+def blank(experiment: Experiment, index: np.ndarray) -> dict[str, np.ndarray]:
+    """Images of zeros of class 0, numbered `index` in the global batch, whose shape they have."""
+    image = np.zeros((*index.shape, *experiment.image_shape), np.uint8)
+    return {"image": image, "label": np.zeros(index.shape, np.int32), "index": index}
+
+
+def convolution() -> tuple[Callable, jax.Array, jax.Array, float]:
+    """A jitted 3x3 convolution of 128 channels, its maps (B, H, W, C) and kernel, and its floating-point operations."""
+    maps, kernel = jnp.ones((32, 32, 32, 128)), jnp.ones((3, 3, 128, 128))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    convolve = jax.jit(
+        lambda maps, kernel: jax.lax.conv_general_dilated(maps, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+    )
+    return convolve, maps, kernel, 2 * maps.size * kernel[..., 0].size
+
+
+def operations(function, *arguments) -> float:
+    """Floating-point operations of a jitted call, as XLA counts them."""
+    return function.lower(*arguments).cost_analysis()["flops"]
