@@ -45,17 +45,18 @@ def main():
     # ------------------------------------------------------------------------------ the state, new or resumed
     optimizer = training.make_optimizer(**config.optim)
     loss = experiment.loss()
+    steps = training.make_step(
+        loss,
+        optimizer,
+        config.seed,
+        ema_rate=fields.ema_rate,
+        ema_warmup=fields.ema_warmup,
+        accumulate=fields.accumulate,
+        skip_non_finite=fields.non_finite == "skip",
+    )
     step_on_devices = parallel.pmap(
-        training.make_step(
-            loss,
-            optimizer,
-            config.seed,
-            ema_rate=fields.ema_rate,
-            ema_warmup=fields.ema_warmup,
-            accumulate=fields.accumulate,
-            skip_non_finite=fields.non_finite == "skip",
-        ),
-        in_axes=(0, 0, None),
+        lambda state, batches, first, signal: (*steps(state, batches, first), parallel.largest(signal)),
+        in_axes=(0, 0, None, 0),
         donate_argnums=0,
     )
     held_out_loss = parallel.pmap(
@@ -87,11 +88,14 @@ def main():
     with SummaryWriter(str(workdir / "tensorboard"), write_to_disk=parallel.writes()) as board:
         bar = experiments.progress(total=fields.n_iters, initial=step, unit="step", mininterval=1.0)
         batches = stream.batches(step)
-        reported, metrics, skipped, unread = (time.monotonic(), step), None, 0, []
-        while step < fields.n_iters and not (stopped := parallel.largest(max(caught, default=0))):
-            jax.block_until_ready(metrics)  # of the call before: never more than one ahead of what the bar shows
+        reported, vote, skipped, unread = (time.monotonic(), step), None, 0, []
+        while step < fields.n_iters:
+            # Of the call before, so that never more than one is ahead, and all processes stop at one step.
+            if vote is not None and (stopped := int(parallel.first(vote))):
+                break
             count = fields.steps_per_call - step % fields.steps_per_call
-            state, metrics = step_on_devices(state, next_batches(batches, stream, count), step)
+            signals = np.full(jax.local_device_count(), max(caught, default=0))
+            state, metrics, vote = step_on_devices(state, next_batches(batches, stream, count), step, signals)
             before, step = step, step + count
             bar.update(step - before)
             unread.append(metrics["skipped updates"])

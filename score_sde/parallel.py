@@ -90,6 +90,8 @@ def together():
     """
     try:
         with open(os.devnull, "w") as silence, contextlib.redirect_stdout(sys.stdout if writes() else silence):
+            if not alone():
+                _connect()
             yield
         wait_for_all("the end")
     except (RuntimeError, ValueError) as error:  # what collectives raise that lose a connection
@@ -105,6 +107,16 @@ def together():
         os._exit(LOST)  # an orderly end would wait for the lost one
 
 
+def _connect():
+    """A first collective, while the processes are together.
+
+    On CPU they connect there, and give each other up if they come 30 seconds apart, as they may once one of them has
+    compiled for longer than another. Connected, they wait for each other as long as it takes.
+    """
+    jax.block_until_ready(pmap(mean)(np.zeros(jax.local_device_count())))
+    wait_for_all("the start")
+
+
 def leave(code: int):
     """Exit after a failure: with the other processes if they fail too, after SHUTDOWN_SECONDS without them."""
     if not alone():
@@ -112,11 +124,6 @@ def leave(code: int):
         timer.daemon = True
         timer.start()
     sys.exit(code)
-
-
-def largest(number: int) -> int:
-    """The largest of the processes' numbers, in every process; each asks at the same place."""
-    return number if alone() else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def agreed(number: int) -> int:
@@ -140,6 +147,11 @@ def mean(x):
         return x
 
 
+def largest(x):
+    """The largest of the devices' x, inside a `pmap`."""
+    return jax.lax.pmax(x, AXIS)
+
+
 def batch_per_device(batch_size: int) -> int:
     """The share of one device in a global batch."""
     n = jax.device_count()
@@ -155,7 +167,7 @@ def round_up(n: int) -> int:
 
 def replicate(tree):
     """A copy of a host tree on each local device, with a leading device axis."""
-    return jax.pmap(lambda _, tree: tree, in_axes=(0, None))(np.zeros(jax.local_device_count()), tree)
+    return pmap(lambda _, tree: tree, in_axes=(0, None))(np.zeros(jax.local_device_count()), tree)
 
 
 def own(tree):

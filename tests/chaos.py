@@ -42,6 +42,17 @@ from ems import estimate
 estimate.accumulate = functools.partial(estimate.accumulate, save_every=0.2)
 runpy.run_module("ems", run_name="__main__")
 """
+LATE = 60  # seconds
+TRAINING_LATE = f"""
+import runpy, sys, time
+from score_sde import training
+make_step = training.make_step
+def late(*arguments, **options):
+    time.sleep({LATE} * ("--process_id=1" in sys.argv))
+    return make_step(*arguments, **options)
+training.make_step = late
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 # ------------------------------------------------------------------------------------------------ faults
 # Each: (folder, times, rng) -> (what is lost, result) and takes the undisturbed training from folder / "whole".
@@ -116,7 +127,7 @@ def killed_sampling(folder, times, rng):
 
     def make():
         names.append(f"samples{len(names)}")
-        sizes = ["--num_samples=2000", "--batch_size=8", "--solver=ddim", "--steps=10"]
+        sizes = ["--num_samples=50000", "--batch_size=200", "--solver=ddim", "--steps=10"]
         return ["sample.py", f"--workdir={reference}", *sizes, f"--name={names[-1]}"]
 
     arrays = lambda: arrays_of(reference / "samples" / names[-1] / "samples.npz")
@@ -131,7 +142,7 @@ def killed_evaluation(folder, times, rng):
     def make():
         runs.append(folder / f"evaluation{len(runs)}")
         shutil.copytree(reference, runs[-1], ignore=shutil.ignore_patterns("eval", "samples"))
-        what = ["--metrics=fid", f"--network={folder / 'resnet20_digits.npz'}", "--num_samples=6400"]
+        what = ["--metrics=fid", f"--network={folder / 'resnet20_digits.npz'}", "--num_samples=50000"]
         return ["evaluate.py", f"--workdir={runs[-1]}", *what, "--solver=ddim", "--steps=10"]
 
     def found():
@@ -203,6 +214,15 @@ def stopped_process(folder, times, rng):
     return "nothing", difference(reference, workdir)
 
 
+def late_process(folder, times, rng):
+    """One of two processes comes to the first step long after the other, as when it alone has to compile."""
+    reference, log, workdir = whole(folder), folder / "log", folder / "late"
+    for i in range(times):
+        begin = ["-c", TRAINING_LATE, *TINY, f"--config.training.n_iters={STEPS * (i + 1) // times}"]
+        ended(log, start(log, *begin, f"--workdir={workdir}", processes=2, devices=1 + i % 2))
+    return "nothing: the other waits", difference(reference, workdir)
+
+
 def other_layouts(folder, times, rng):
     """Every number of processes and devices trains, measures, samples and evaluates as one process with one device."""
     log, steps = folder / "log", 2 * EVERY
@@ -244,6 +264,7 @@ FAULTS = {
     "damage": ("a damaged last checkpoint", damaged_checkpoints, 100),
     "dead": ("`kill -9` of one process of 4 or 2, resumed by another number", dead_process, 6),
     "stop": ("SIGTERM to one process of 2", stopped_process, 4),
+    "late": (f"one process of 2 comes to the first step {LATE} seconds late", late_process, 2),
     "layouts": ("other layouts: 1, 2, 4 processes with 1, 2, 4 devices each", other_layouts, 8),
 }
 FAULT = flags.DEFINE_list("fault", list(FAULTS), "Which of them.")

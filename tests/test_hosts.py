@@ -136,7 +136,7 @@ def test_incomplete_flags_are_refused():
 
 
 def test_one_process_asks_nobody():
-    """What the loop asks at every step costs one process less than a microsecond and starts nothing."""
-    assert parallel.largest(15) == parallel.agreed(15) == 15
+    """What every program asks starts nothing in one process."""
+    assert parallel.agreed(15) == 15
     assert parallel.writes()
     assert not jax.distributed.is_initialized()

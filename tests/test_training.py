@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from score_sde import checkpoint, training
+from score_sde import checkpoint, parallel, training
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
 from tests import reference
@@ -91,6 +91,23 @@ def test_several_steps_per_call_equal_single_steps():
     assert metrics["loss"].shape == (4,)
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_the_step_is_traced_once():
+    """What comes out of a step goes into the next as what it was before: a second tracing is a second compilation."""
+    traced = []
+
+    def loss(params, batch, key, train):
+        traced.append(train)
+        return toy_loss(sde_lib.VP())(params, batch, key, train)
+
+    optimizer = optax.adam(0.1)
+    step = parallel.pmap(training.make_step(loss, optimizer, 0, ema_rate=0.9, ema_warmup=True), in_axes=(0, 0, None))
+    state = parallel.replicate(training.init_state(toy_params(), optimizer))
+    batches = jax.tree.map(lambda x: x[None], toy_batches(1, 4))
+    for number in range(3):
+        state, _ = step(state, batches, number)
+        assert len(traced) == 1
 
 
 def published_step(loss, optimizer, state: training.State, batch) -> training.State:
