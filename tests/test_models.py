@@ -203,6 +203,23 @@ def test_dropout_only_in_training():
     assert np.array_equal(still, run(network.clone(dropout=0.0), params, x, label))
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 32), (3, 5, 7)])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_has_its_rate_and_masks_are_independent(rate, shape):
+    """Within four standard errors: for each example, between examples, and between the halves of one mask."""
+    h = jnp.ones((8, *shape))
+    keys = jax.random.split(jax.random.key(0), len(h))
+    out = np.asarray(layers.Dropout(rate).apply({}, h, keys)).reshape(len(h), -1)
+    np.testing.assert_allclose(out[out > 0], 1 / (1 - rate), rtol=1e-6)
+    kept, size = out > 0, out.shape[1]
+    error = 4 * np.sqrt(rate * (1 - rate) / size)
+    assert np.abs(kept.mean(1) - (1 - rate)).max() < error
+    centred = (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
+    assert np.abs((centred[1:] * centred[:-1]).mean(1)).max() < 4 / np.sqrt(size)
+    half = size // 2
+    assert np.abs((centred[:, :half] * centred[:, -half:]).mean(1)).max() < 4 / np.sqrt(half)
+
+
 def test_classes():
     """Each class has its own output, and no y means class `num_classes`."""
     network, params, x, label = tiny(num_classes=3)

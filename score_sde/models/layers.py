@@ -290,7 +290,14 @@ class Dropout(nn.Module):
         if keys is None or self.rate == 0.0:
             return h
         layer = zlib.crc32("/".join(self.path).encode())  # each layer draws its own mask from an example's key
-        mask = lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1.0 - self.rate, h.shape[1:])
+        size = math.prod(h.shape[1:])
+
+        def mask(key: Array) -> Array:
+            """Each random number decides on two elements: a fifth of the time of one Bernoulli draw for each on CPU."""
+            bits = jax.random.bits(jax.random.fold_in(key, layer), ((size + 1) // 2,))
+            halves = jnp.concatenate([bits >> 16, bits & 0xFFFF])[:size]
+            return halves.reshape(h.shape[1:]) >= round(self.rate * 2**16)
+
         return jnp.where(jax.vmap(mask)(keys), h / (1.0 - self.rate), jnp.zeros_like(h))
 
 
