@@ -6,9 +6,9 @@
 Each solver runs on its paper's own grid of times, and on the named grid that did best on 64 other noises. Columns are
 network evaluations; the tables hold the RMS distance to the fine solution over pixels and samples, in the data range,
 and the Frechet distance to the training images in the features of a local network; then the seconds that a batch takes
-with each solver. A new data set's network is trained by python -m score_sde.metrics (for digits with `--dataset=digits
---name=digits --image_size=8 --num_channels=1 --epochs=80 --folder=runs`, a minute). Four minutes a digits model on two
-free cores.
+with each solver, and without the network. A new data set's network is trained by python -m score_sde.metrics (for
+digits with `--dataset=digits --name=digits --image_size=8 --num_channels=1 --epochs=80 --folder=runs`, a minute). Four
+minutes a digits model on two free cores.
 """
 
 import statistics
@@ -100,21 +100,29 @@ def compared(model, ems, network, steps: list[int], n: int) -> dict:
     )
 
 
-def timed(model, ems, repeats: int) -> dict[str, float]:
-    """Median seconds of a batch in TIMED_STEPS evaluations with each solver, by turns, each program its own."""
-    batch_size = model.experiment.config.sampling.batch_size
-    sample = experiments.sampler(model, model.experiment.noise_of, SEED)
+def timed(model, ems, repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of a batch in TIMED_STEPS evaluations with each solver: with the network, and without it.
+
+    By turns there and back; without it, the solver alone works, on x in the network's place.
+    """
+    batch = np.arange(model.experiment.config.sampling.batch_size)
     tables = {
         name: experiments.build_tableau(model, solver, TIMED_STEPS, ems, **options)[0]
         for name, (solver, options, _) in SOLVERS.items()
     }
-    seconds = {name: [] for name in tables}
-    for _ in experiments.progress(range(repeats + 1), desc="seconds"):
-        for name, table in tables.items():
-            began = time.perf_counter()
-            sample(table, np.arange(batch_size))
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first compiled
+    samplers = [
+        experiments.sampler(model, noise_of, SEED)
+        for noise_of in (model.experiment.noise_of, lambda *_: lambda x, t: x)
+    ]
+    seconds = {name: ([], []) for name in tables}
+    for turn in experiments.progress(range(repeats + 1), desc="seconds"):
+        for name, table in list(tables.items())[:: (-1) ** turn]:
+            for sample, found in zip(samplers, seconds[name], strict=True):
+                began = time.perf_counter()
+                sample(table, batch)
+                found.append(time.perf_counter() - began)
+    # the first of each compiled
+    return {name: tuple(statistics.median(found[1:]) for found in both) for name, both in seconds.items()}
 
 
 def shown(model, network, found) -> list[str]:
@@ -129,10 +137,13 @@ def shown(model, network, found) -> list[str]:
     picture = study.FOLDER / f"few_steps_{model.workdir.name}.png"
     steps, n = found["steps"], found["samples"]
     figures.save_convergence(picture, steps, rms("best"), f"{model.name}, {n} noises, best named grids")
-    fastest = min(found["seconds"].values())
+    fastest = min(found["seconds"].values())[0]
     data_range = "[{:g}, {:g}]".format(*model.experiment.data_range)
     network_name = f"{network.distance}, {n} samples against the training images"
-    seconds = {name: [f"{1e3 * value:.2f}", f"{value / fastest - 1:+.1%}"] for name, value in found["seconds"].items()}
+    seconds = {
+        name: [f"{1e3 * whole:.1f}", f"{whole / fastest - 1:+.1%}", f"{1e3 * alone:.2f}", f"{alone / whole:.1%}"]
+        for name, (whole, alone) in found["seconds"].items()
+    }
     return [
         f"## {model.name}",
         "",
@@ -154,7 +165,7 @@ def shown(model, network, found) -> list[str]:
         f"Milliseconds of a batch of {model.experiment.config.sampling.batch_size} in {TIMED_STEPS} evaluations, "
         f"median over turns ({jax.default_backend()}):",
         "",
-        *study.rows("solver", ["ms", "above the fastest"], seconds),
+        *study.rows("solver", ["ms", "above the fastest", "without network", "share"], seconds),
     ]
 
 
