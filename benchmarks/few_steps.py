@@ -11,8 +11,7 @@ digits with `--dataset=digits --name=digits --image_size=8 --num_channels=1 --ep
 minutes a digits model on two free cores.
 """
 
-import statistics
-import time
+import functools
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from absl import flags
 import experiment as experiments
 import model_statistics
 from benchmarks import study
+from benchmarks.timed import by_turns
 from score_sde import figures
 from score_sde.errors import UserError
 from score_sde.metrics import features
@@ -103,26 +103,18 @@ def compared(model, ems, network, steps: list[int], n: int) -> dict:
 def timed(model, ems, repeats: int) -> dict[str, tuple[float, float]]:
     """Median seconds of a batch in TIMED_STEPS evaluations with each solver: with the network, and without it.
 
-    By turns there and back; without it, the solver alone works, on x in the network's place.
+    By turns; without it, the solver alone works, on x in the network's place.
     """
     batch = np.arange(model.experiment.config.sampling.batch_size)
     tables = {
         name: experiments.build_tableau(model, solver, TIMED_STEPS, ems, **options)[0]
         for name, (solver, options, _) in SOLVERS.items()
     }
-    samplers = [
-        experiments.sampler(model, noise_of, SEED)
-        for noise_of in (model.experiment.noise_of, lambda *_: lambda x, t: x)
-    ]
-    seconds = {name: ([], []) for name in tables}
-    for turn in experiments.progress(range(repeats + 1), desc="seconds"):
-        for name, table in list(tables.items())[:: (-1) ** turn]:
-            for sample, found in zip(samplers, seconds[name], strict=True):
-                began = time.perf_counter()
-                sample(table, batch)
-                found.append(time.perf_counter() - began)
-    # the first of each compiled
-    return {name: tuple(statistics.median(found[1:]) for found in both) for name, both in seconds.items()}
+    whole = experiments.sampler(model, model.experiment.noise_of, SEED)
+    alone = experiments.sampler(model, lambda *_: lambda x, t: x, SEED)
+    calls = [functools.partial(sample, table, batch) for sample in (whole, alone) for table in tables.values()]
+    times = by_turns(calls, experiments.progress(range(repeats + 1), desc="seconds"))
+    return dict(zip(tables, zip(times[: len(tables)], times[len(tables) :], strict=True), strict=True))
 
 
 def shown(model, network, found) -> list[str]:

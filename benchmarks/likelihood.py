@@ -9,8 +9,6 @@ Errors are of bits/dim, RMS over images with the same probes, against a solution
 
 import functools
 import itertools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from absl import flags
 from scipy import integrate
 
 import experiment as experiments
+from benchmarks import timed
 from score_sde import data
 from solvers import probability_flow
 
@@ -63,6 +62,7 @@ def main():
     good = itertools.takewhile(lambda k: error_of(ours(model.params, x, probe, k)[0]) <= error, LADDER)
     tolerance = max(good, default=LADDER[0])
     our_logp, our_calls = ours(model.params, x, probe, tolerance)
+    seconds = functools.partial(timed.seconds, repeats=REPEATS.value)
     total = seconds(lambda: published.solve(TOLERANCE.value, t_min))
     our_total = seconds(lambda: ours(model.params, x, probe, tolerance))
     forward = seconds(lambda: published.drift(x, jnp.float32(0.5)))
@@ -113,17 +113,6 @@ class Published:
         solution = integrate.solve_ivp(field, (t_min, self.sde.t_max), start, rtol=tolerance, atol=tolerance)
         z, growth = solution.y[:size, -1].reshape(shape), solution.y[size:, -1]
         return np.asarray(self.sde.prior_logp(z)) + growth, solution.nfev
-
-
-def seconds(function) -> float:
-    """Median time of a call, after one that compiles."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(REPEATS.value):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ GFLOP/s compare and seconds do not; and what DPM-Solver++ 2M costs besides its n
 """
 
 import functools
-import statistics
-import time
-from collections.abc import Callable
 
 import diffusers
 import jax
@@ -43,20 +40,9 @@ def main():
         (f"DPM-Solver++ 2M, {STEPS} steps without network", solvers(experiment, batch)),
     ):
         calls, operations = pair
-        ours, theirs = by_turns(calls)
+        ours, theirs = timed.by_turns(calls, range(REPEATS.value + 1))
         counted = " | ".join("" if number is None else f"{number / 1e9:.1f}" for number in operations)
         print(f"| {name} | {ours:.5f} | {theirs:.5f} | {ours / theirs:.2f} | {counted} |", flush=True)
-
-
-def by_turns(calls: tuple[Callable, Callable]) -> list[float]:
-    """Median seconds of each call, after one that compiles."""
-    times = [[], []]
-    for _ in range(REPEATS.value + 1):
-        for call, found in zip(calls, times, strict=True):
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            found.append(time.perf_counter() - began)
-    return [statistics.median(found[1:]) for found in times]
 
 
 def convolutions():

@@ -10,8 +10,6 @@ the share of the convolution peak that its floating-point operations, as XLA cou
 import functools
 import os
 import platform
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +29,7 @@ STEPS = 12  # network evaluations of each solver
 
 
 def seconds(function, *arguments) -> float:
-    """Median time of a call, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(REPEATS.value):
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return timed.seconds(functools.partial(function, *arguments), REPEATS.value)
 
 
 def main():

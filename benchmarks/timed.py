@@ -1,6 +1,8 @@
-"""What several benchmarks time: the training step on blank images, and a convolution to compare others with."""
+"""What several benchmarks time, and how: the training step on blank images, a convolution to compare others with."""
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,22 @@ import numpy as np
 
 from experiment import Experiment
 from score_sde import training
+
+
+def seconds(call: Callable, repeats: int) -> float:
+    """Median seconds of a call without arguments, after one that compiles."""
+    return by_turns([call], range(repeats + 1))[0]
+
+
+def by_turns(calls: Sequence[Callable], turns: Iterable[int]) -> list[float]:
+    """Median seconds of each of these calls over the turns, there and back; the first turn, 0, compiles."""
+    times = [[] for _ in calls]
+    for turn in turns:
+        for call, found in list(zip(calls, times, strict=True))[:: (-1) ** turn]:
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            found.append(time.perf_counter() - began)
+    return [statistics.median(found[1:]) for found in times]
 
 
 def training_step(experiment: Experiment) -> tuple[Callable, training.State]:

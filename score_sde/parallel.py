@@ -108,7 +108,7 @@ def together():
 
 
 def _connect():
-    """A first collective, while the processes are together.
+    """First collectives, among the devices and among the processes, while all are together.
 
     On CPU they connect there, and give each other up if they come 30 seconds apart, as they may once one of them has
     compiled for longer than another. Connected, they wait for each other as long as it takes.
