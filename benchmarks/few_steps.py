@@ -5,9 +5,10 @@
 
 Each solver runs on its paper's own grid of times, and on the named grid that did best on 64 other noises. Columns are
 network evaluations; the tables hold the RMS distance to the fine solution over pixels and samples, in the data range,
-and the Frechet distance to the training images in the features of a local network; then the seconds that a batch takes
-with each solver, and without the network. A new data set's network is trained by python -m score_sde.metrics (for
-digits with `--dataset=digits --name=digits --image_size=8 --num_channels=1 --epochs=80 --folder=runs`, a minute). Four
+and the Frechet distance to the training images in the features of a local network. A stochastic solver has no RMS
+distance and keeps its own grid; F-PNDM needs 12 evaluations. Then the seconds that a batch takes with each solver, and
+without the network. A new data set's network is trained by python -m score_sde.metrics (for
+digits with `--dataset=digits --name=digits --image_size=8 --num_channels=1 --epochs=80 --folder=runs`, a minute). XXX
 minutes a digits model on two free cores.
 """
 
@@ -29,15 +30,25 @@ from solvers.grids import GRIDS
 REPEATS = flags.DEFINE_integer("repeats", 50, "Batches timed with each solver.", lower_bound=1)
 SEED = 0  # of the noises; grids are chosen on those of the next
 CHOOSING = 64  # noises that the grids are chosen on
-TIMED_STEPS = 10
+TIMED_STEPS = 12  # every solver can do it
 
-# row: solver, options, its paper's grid (the solver's default)
+# row: solver, options, its paper's grid (the solver's default). Both DPM-Solvers of order 1 are DDIM.
 SOLVERS = {
     "DDIM": ("ddim", {}, "logsnr"),
+    "DPM-Solver 2S": ("dpm", {"order": 2}, "logsnr"),
+    "DPM-Solver 3S": ("dpm", {"order": 3}, "logsnr"),
+    "DPM-Solver 2M": ("dpm", {"order": 2, "method": "multistep"}, "logsnr"),
+    "DPM-Solver 3M": ("dpm", {"order": 3, "method": "multistep"}, "logsnr"),
+    "DPM-Solver++ 2S": ("dpmpp", {"order": 2, "method": "singlestep"}, "logsnr"),
+    "DPM-Solver++ 3S": ("dpmpp", {"order": 3, "method": "singlestep"}, "logsnr"),
     "DPM-Solver++ 2M": ("dpmpp", {"order": 2}, "logsnr"),
     "DPM-Solver++ 3M": ("dpmpp", {"order": 3}, "logsnr"),
+    "SDE-DPM-Solver++ 2M": ("sde_dpmpp", {}, "logsnr"),
+    "UniPC bh1": ("unipc", {"variant": "bh1"}, "logsnr"),
     "UniPC bh2": ("unipc", {}, "logsnr"),
     "DEIS tAB3": ("deis", {}, "quadratic"),
+    "S-PNDM": ("pndm", {"order": 2}, "time"),
+    "F-PNDM": ("pndm", {}, "time"),
     "iPNDM": ("ipndm", {}, "time"),
     "Heun": ("heun", {}, "edm"),
     "DPM-Solver-v3": ("dpmv3", {}, "logsnr"),
@@ -66,11 +77,12 @@ def compared(model, ems, network, steps: list[int], n: int) -> dict:
     # halving the step of a second-order solver quarters its error
     uncertainty = experiments.rms(tried - try_out(study.fine_solution(model, 2))) / 3
 
-    def measured(table) -> tuple[float, float]:
+    def measured(table) -> tuple[float | None, float]:
         x = solve(table)
         if not np.isfinite(x).all():
             return np.inf, np.inf
-        return experiments.rms(x - fine), frechet(study.of_samples(model, network, x))
+        distance = experiments.rms(x - fine) if table.noise is None else None
+        return distance, frechet(study.of_samples(model, network, x))
 
     grids, own, best = ({name: [] for name in SOLVERS} for _ in range(3))
     for name, k in experiments.progress([(name, k) for k in steps for name in SOLVERS], desc=model.workdir.name):
@@ -79,11 +91,12 @@ def compared(model, ems, network, steps: list[int], n: int) -> dict:
         for grid in GRIDS:
             try:
                 tables[grid], _ = experiments.build_tableau(model, solver, k, ems, **options, grid=grid)
-            except UserError:  # two times of the grid fall on one node of the EMS
+            except UserError:  # two times of the grid fall on one node of the EMS, or k is too few for F-PNDM
                 continue
-            errors[grid] = np.nan_to_num(experiments.rms(try_out(tables[grid]) - tried), nan=np.inf)
-        chosen = min(errors, key=errors.get)
-        own[name].append(measured(tables[published]))
+            if tables[grid].noise is None:
+                errors[grid] = np.nan_to_num(experiments.rms(try_out(tables[grid]) - tried), nan=np.inf)
+        chosen = min(errors, key=errors.get, default=published)
+        own[name].append(measured(tables[published]) if tables else (None, None))
         best[name].append(own[name][-1] if chosen == published else measured(tables[chosen]))
         grids[name].append(chosen)
     return dict(
@@ -119,10 +132,14 @@ def timed(model, ems, repeats: int) -> dict[str, tuple[float, float]]:
 
 def shown(model, network, found) -> list[str]:
     """Lines of markdown; writes the picture."""
-    rms = lambda which: {name: [values[0] for values in row] for name, row in found[which].items()}
-    frechet = lambda which: {name: [values[1] for values in row] for name, row in found[which].items()}
+    rms = lambda which: {
+        name: [distance for distance, _ in row]
+        for name, row in found[which].items()
+        if any(distance is not None for distance, _ in row)
+    }
+    frechet = lambda which: {name: [distance for _, distance in row] for name, row in found[which].items()}
     with_grid = lambda cells: {
-        name: [f"{value:#.4g} {grid}" for value, grid in zip(row, found["grids"][name], strict=True)]
+        name: [value and f"{value:#.4g} {grid}" for value, grid in zip(row, found["grids"][name], strict=True)]
         for name, row in cells.items()
     }
     study.FOLDER.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Repeats with other noise.", lower_boun
 NETWORK = flags.DEFINE_string("network", None, "Weights of the feature network; those of the data set if absent.")
 
 FOLDER = experiments.RUNS / "benchmarks"
-HISTORY = 4  # of every solver compared; tables of one length then share one compiled program
+HISTORY = 4  # of nearly every solver compared; their tables of one length then share one compiled program
 BATCH = 256  # samples at a time
 
 
@@ -44,7 +44,7 @@ def from_noises(model: experiments.Model, seed: int, n: int) -> Callable:
     sample = experiments.sampler(model, experiment.noise_of, seed)
 
     def solve(table: tableau.Tableau) -> np.ndarray:
-        table = tableau.uniform(table, HISTORY, experiment.image_shape)
+        table = tableau.uniform(table, max(HISTORY, table.history), experiment.image_shape)
         return np.concatenate([sample(table, np.arange(i, i + size)) for i in range(0, n, size)])[:n]
 
     return solve
@@ -79,8 +79,8 @@ def of_samples(model: experiments.Model, network: features.FeatureNetwork, x: np
 
 
 def rows(corner: str, columns, cells: dict[str, list]) -> list[str]:
-    """Lines of a markdown table; numbers to four figures."""
-    shown = lambda value: value if isinstance(value, str) else f"{value:#.4g}"
+    """Lines of a markdown table; numbers to four figures, a dash for None."""
+    shown = lambda value: "-" if value is None else value if isinstance(value, str) else f"{value:#.4g}"
     return [*report.table([corner, *columns], [[name, *map(shown, row)] for name, row in cells.items()]), ""]
 
 

@@ -51,11 +51,12 @@ def save_ems(path, lam: np.ndarray, statistics: dict[str, np.ndarray], title: st
     _save(figure, path)
 
 
-def save_convergence(path, steps, distances: dict[str, list[float]], title: str):
-    """RMS distance to the fine solution against evaluations, one line a solver."""
+def save_convergence(path, steps, distances: dict[str, list[float | None]], title: str):
+    """RMS distance to the fine solution against evaluations, one line a solver; None where it has none."""
     figure, axis = plt.subplots(figsize=(6.8, 3.6), layout="constrained")
+    axis.set_prop_cycle(plt.cycler(linestyle=["-", ":"]) * plt.cycler(color=plt.cm.tab10.colors))
     for name, values in distances.items():
-        axis.loglog(steps, values, "o-", label=name)
+        axis.loglog(steps, values, marker="o", label=name)
     axis.set_xticks(steps, [str(n) for n in steps])
     axis.minorticks_off()
     axis.set(xlabel="network evaluations", ylabel="RMS distance to the fine solution")
