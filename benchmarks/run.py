@@ -20,7 +20,7 @@ import experiment as experiments
 from benchmarks import timed
 from ems import estimate
 from ems.statistics import EMS
-from score_sde import data
+from score_sde import data, parallel
 from solvers import SOLVERS, probability_flow, tableau
 
 CONFIG = experiments.config_flag()
@@ -43,7 +43,9 @@ def main():
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     device = jax.devices()[0]
     print(f"{device.device_kind}, {os.cpu_count()} CPU cores, {platform.machine()}, jax {jax.__version__}")
-    print(f"{size / 1e6:.2f} M parameters, images {experiment.image_shape}, batch {batch_size}, one device")
+    print(
+        f"{size / 1e6:.2f} M parameters, images {experiment.image_shape}, batch {batch_size}, one device where not said"
+    )
 
     # ------------------------------------------------------------------------------ the machine
     square = jnp.ones((2048, 2048))
@@ -68,6 +70,12 @@ def main():
     step, state = timed.training_step(experiment)
     step, arguments = jax.jit(step), (state, timed.blank(experiment, np.arange(batch_size)[None]), 0)
     show("training step", seconds(step, *arguments), timed.operations(step, *arguments))
+
+    if jax.device_count() > 1:  # as train.py and sample.py compute
+        everywhere = parallel.pmap(lambda params, x, t: experiment.noise_of(params)(x, t), in_axes=(None, 0, 0))
+        devices = f"over {jax.device_count()} devices"
+        show(f"forward {devices}", seconds(everywhere, params, *parallel.shard((x, t))))
+        show(f"training step {devices}", timed.parallel_steps(experiment, batch_size, REPEATS.value)[1])
 
     node = jax.tree.map(np.float32, estimate.nodes(experiment.sde, 3))
     measure = jax.jit(

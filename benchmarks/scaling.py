@@ -7,16 +7,11 @@ config's batch over all devices, weak scaling gives that batch to each. The firs
 --compilation_cache=off to time that.
 """
 
-import statistics
-import time
-
 import jax
-import numpy as np
 from absl import flags
 
 import experiment as experiments
 from benchmarks import timed
-from score_sde import parallel
 
 CONFIG = experiments.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Steps timed of each.", lower_bound=1)
@@ -30,24 +25,9 @@ def main():
         "| processes | devices of each | batch | first step | seconds of a step | images/s |\n|---|---|---|---|---|---|"
     )
     for size in dict.fromkeys((batch, batch * jax.device_count())):
-        first, seconds = seconds_of_a_step(experiment, size)
+        first, seconds = timed.parallel_steps(experiment, size, REPEATS.value)
         layout = f"{jax.process_count()} | {jax.local_device_count()}"
         print(f"| {layout} | {size} | {first:.1f} | {seconds:.3f} | {size / seconds:.0f} |", flush=True)
-
-
-def seconds_of_a_step(experiment: experiments.Experiment, batch: int) -> tuple[float, float]:
-    """Times of steps of that global batch: of the first, which compiles, and the median of the others."""
-    share = parallel.batch_per_device(batch)
-    step, state = timed.training_step(experiment)
-    step, state = parallel.pmap(step, in_axes=(0, 0, None), donate_argnums=0), parallel.replicate(state)
-    index = parallel.shard(np.arange(batch)).reshape(-1, 1, share)  # (devices, steps, batch per device)
-    images = timed.blank(experiment, index)
-    times = []
-    for number in range(REPEATS.value + 1):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, images, number))
-        times.append(time.perf_counter() - began)
-    return times[0], statistics.median(times[1:])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiment import Experiment
-from score_sde import training
+from score_sde import parallel, training
 
 
 def seconds(call: Callable, repeats: int) -> float:
@@ -18,14 +18,19 @@ def seconds(call: Callable, repeats: int) -> float:
 
 
 def by_turns(calls: Sequence[Callable], turns: Iterable[int]) -> list[float]:
-    """Median seconds of each of these calls over the turns, there and back; the first turn, 0, compiles."""
+    """Seconds of each of these calls: its median share of a turn, of the median turn. The first turn compiles.
+
+    Turns go there and back; shares, because the machine's pace changes more from turn to turn than within one.
+    """
     times = [[] for _ in calls]
     for turn in turns:
         for call, found in list(zip(calls, times, strict=True))[:: (-1) ** turn]:
             began = time.perf_counter()
             jax.block_until_ready(call())
             found.append(time.perf_counter() - began)
-    return [statistics.median(found[1:]) for found in times]
+    times = np.array(times)[:, 1:]
+    whole = times.sum(0)
+    return list(np.median(times / whole, axis=1) * np.median(whole))
 
 
 def training_step(experiment: Experiment) -> tuple[Callable, training.State]:
@@ -33,6 +38,21 @@ def training_step(experiment: Experiment) -> tuple[Callable, training.State]:
     optimizer = training.make_optimizer(**experiment.config.optim)
     step = training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False)
     return step, training.init_state(experiment.init_params(0), optimizer)
+
+
+def parallel_steps(experiment: Experiment, batch: int, repeats: int) -> tuple[float, float]:
+    """Seconds of steps of that global batch over all devices: of the first, which compiles; median of the others."""
+    share = parallel.batch_per_device(batch)
+    step, state = training_step(experiment)
+    step, state = parallel.pmap(step, in_axes=(0, 0, None), donate_argnums=0), parallel.replicate(state)
+    index = parallel.shard(np.arange(batch)).reshape(-1, 1, share)  # (devices, steps, batch per device)
+    images = blank(experiment, index)
+    times = []
+    for number in range(repeats + 1):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, images, number))
+        times.append(time.perf_counter() - began)
+    return times[0], statistics.median(times[1:])
 
 
 def blank(experiment: Experiment, index: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,8 +21,19 @@ AXIS = "devices"
 HEARTBEAT_SECONDS = 30  # after so long without a sign of life a process counts as dead, and the others end
 SHUTDOWN_SECONDS = 5  # a process that has failed waits so long for the others to fail too
 LOST = 75  # exit code of a process that lost another: all may be started again
+CPU_DEVICES = 2  # for a machine without accelerator
 
 # ------------------------------------------------------------------------------------------------ processes
+
+
+def divide_cpu():
+    """Before anything is computed: two devices on a CPU of several cores, unless the user has said how many.
+
+    XLA keeps one core alone busy in many operations; two devices fill each other's gaps (`python -m benchmarks.run`).
+    """
+    flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not flagged and jax.config.jax_num_cpu_devices < 1 and os.cpu_count() >= CPU_DEVICES:
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
