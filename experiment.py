@@ -66,7 +66,6 @@ def run(main: Callable[..., None], *, files: bool = False):
     # TensorStore's readers of a damaged checkpoint still answer when Orbax has given up
     sys.unraisablehook = lambda found: str(found.exc_value) == "Event loop is closed" or sys.__unraisablehook__(found)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    parallel.divide_cpu()
 
     def guarded(argv):
         cache = COMPILATION_CACHE.value or os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)

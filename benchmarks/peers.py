@@ -4,11 +4,13 @@
     python -m benchmarks.peers --config=configs/benchmark.py [--repeats=7]
 
 Rows: a 3x3 convolution, the yardstick of the machine's state; the forward pass and the training step of a denoising
-network, ours of the config and diffusers' UNet2DModel of the same widths and depth, whose blocks are others, so that
-GFLOP/s compare and seconds do not; and what DPM-Solver++ 2M costs besides its network. Calls are timed by turns.
+network, ours of the config over all devices (two on a CPU), as the programs compute, and diffusers' UNet2DModel of the
+same widths and depth, whose blocks are others, so that GFLOP/s compare and seconds do not; and what DPM-Solver++ 2M
+costs besides its network. Calls are timed by turns.
 """
 
 import functools
+import math
 
 import diffusers
 import jax
@@ -20,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import experiment as experiments
 from benchmarks import timed
+from score_sde import parallel
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
 
@@ -60,9 +63,10 @@ def networks(experiment: experiments.Experiment, batch: int):
     config, shape = experiment.config, (batch, *experiment.image_shape)
     model = config.model
     x, t = jnp.ones(shape), jnp.full((batch,), 0.5)
-    forward = jax.jit(lambda params, x, t: experiment.noise_of(params)(x, t))
+    noise = lambda params, x, t: experiment.noise_of(params)(x, t)
     step, state = timed.training_step(experiment)
-    images = timed.blank(experiment, np.arange(batch)[None])
+    one_batch = state, timed.blank(experiment, np.arange(batch)[None]), 0
+    split = state.params, *parallel.shard((x, t))
 
     sides = [config.data.image_size // 2**level for level in range(len(model.ch_mult))]
     kinds = ["Attn" if side in model.attn_resolutions else "" for side in sides]
@@ -74,6 +78,7 @@ def networks(experiment: experiments.Experiment, batch: int):
         block_out_channels=[model.nf * multiple for multiple in model.ch_mult],
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        norm_num_groups=math.gcd(32, model.nf),
     )
     image, time_label = torch.ones(batch, shape[3], *shape[1:3]), torch.full((batch,), 500.0)
     adam = torch.optim.Adam(theirs.parameters())
@@ -94,12 +99,12 @@ def networks(experiment: experiments.Experiment, batch: int):
             call()
         return counter.get_total_flops()
 
-    for name, function, arguments, call in (
-        ("forward", forward, (state.params, x, t), their_forward),
-        ("training step", jax.jit(step), (state, images, 0), their_step),
+    over_all = functools.partial(parallel.pmap(noise, in_axes=(None, 0, 0)), *split)
+    for name, ours, function, arguments, call in (
+        ("forward", over_all, noise, (state.params, x, t), their_forward),
+        ("training step", timed.parallel_step(experiment, batch), step, one_batch, their_step),
     ):
-        operations = timed.operations(function, *arguments), their_operations(call)
-        yield name, ((functools.partial(function, *arguments), call), operations)
+        yield name, ((ours, call), (timed.operations(jax.jit(function), *arguments), their_operations(call)))
 
 
 def solvers(experiment: experiments.Experiment, batch: int):

@@ -75,7 +75,7 @@ def main():
         everywhere = parallel.pmap(lambda params, x, t: experiment.noise_of(params)(x, t), in_axes=(None, 0, 0))
         devices = f"over {jax.device_count()} devices"
         show(f"forward {devices}", seconds(everywhere, params, *parallel.shard((x, t))))
-        show(f"training step {devices}", timed.parallel_steps(experiment, batch_size, REPEATS.value)[1])
+        show(f"training step {devices}", seconds(timed.parallel_step(experiment, batch_size)))
 
     node = jax.tree.map(np.float32, estimate.nodes(experiment.sde, 3))
     measure = jax.jit(

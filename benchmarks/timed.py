@@ -1,6 +1,5 @@
 """What several benchmarks time, and how: the training step on blank images, a convolution to compare others with."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -40,19 +39,20 @@ def training_step(experiment: Experiment) -> tuple[Callable, training.State]:
     return step, training.init_state(experiment.init_params(0), optimizer)
 
 
-def parallel_steps(experiment: Experiment, batch: int, repeats: int) -> tuple[float, float]:
-    """Seconds of steps of that global batch over all devices: of the first, which compiles; median of the others."""
+def parallel_step(experiment: Experiment, batch: int) -> Callable:
+    """The next training step of that global batch over all devices, as train.py takes it; a call without arguments."""
     share = parallel.batch_per_device(batch)
     step, state = training_step(experiment)
     step, state = parallel.pmap(step, in_axes=(0, 0, None), donate_argnums=0), parallel.replicate(state)
     index = parallel.shard(np.arange(batch)).reshape(-1, 1, share)  # (devices, steps, batch per device)
     images = blank(experiment, index)
-    times = []
-    for number in range(repeats + 1):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, images, number))
-        times.append(time.perf_counter() - began)
-    return times[0], statistics.median(times[1:])
+
+    def call():
+        nonlocal state
+        state, loss = step(state, images, 0)
+        return loss
+
+    return call
 
 
 def blank(experiment: Experiment, index: np.ndarray) -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ def save_convergence(path, steps, distances: dict[str, list[float | None]], titl
     figure, axis = plt.subplots(figsize=(6.8, 3.6), layout="constrained")
     axis.set_prop_cycle(plt.cycler(linestyle=["-", ":"]) * plt.cycler(color=plt.cm.tab10.colors))
     for name, values in distances.items():
-        axis.loglog(steps, values, marker="o", label=name)
+        axis.loglog(steps, values, marker="o", markersize=4, label=name)
     axis.set_xticks(steps, [str(n) for n in steps])
     axis.minorticks_off()
     axis.set(xlabel="network evaluations", ylabel="RMS distance to the fine solution")

@@ -21,26 +21,16 @@ AXIS = "devices"
 HEARTBEAT_SECONDS = 30  # after so long without a sign of life a process counts as dead, and the others end
 SHUTDOWN_SECONDS = 5  # a process that has failed waits so long for the others to fail too
 LOST = 75  # exit code of a process that lost another: all may be started again
-CPU_DEVICES = 2  # for a machine without accelerator
+CPU_DEVICES = 2  # of a program that runs alone on a machine without accelerator
 
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def divide_cpu():
-    """Before anything is computed: two devices on a CPU of several cores, unless the user has said how many.
-
-    XLA keeps one core alone busy in many operations; two devices fill each other's gaps (`python -m benchmarks.run`).
-    """
-    flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not flagged and jax.config.jax_num_cpu_devices < 1 and os.cpu_count() >= CPU_DEVICES:
-        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
-
-
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
-    """Join the other processes of this job, before anything is computed; a program that runs alone goes on alone.
+    """Join the other processes of this job, before anything is computed; a program that runs alone divides its CPU.
 
     coordinator: host:port of process 0. Without arguments, the others are those that SLURM, Open MPI or a Cloud TPU
-        tell of; where none of them started this process, nothing happens.
+        tell of.
     """
     given = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
     if None not in given.values():
@@ -48,6 +38,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     elif any(value is not None for value in given.values()):
         raise UserError("several processes need all of --coordinator=HOST:PORT, --num_processes and --process_id")
     elif not _launched():
+        _divide_cpu()
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
@@ -70,6 +61,16 @@ def _launched() -> bool:
     """Whether a cluster that jax knows started several processes, or may have: a Cloud TPU."""
     sizes = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     return any(size != "1" for size in sizes) or os.environ.get("TPU_ML_PLATFORM") == "JAX"  # set by jax on such a host
+
+
+def _divide_cpu():
+    """Two devices on a CPU of several cores, unless the user has said how many.
+
+    XLA keeps one core alone busy in many operations; two devices fill each other's gaps (`python -m benchmarks.run`).
+    """
+    flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not flagged and jax.config.jax_num_cpu_devices < 1 and os.cpu_count() >= CPU_DEVICES:
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def alone() -> bool:

@@ -4,8 +4,11 @@ The short version of `python -m tests.chaos`.
 """
 
 import contextlib
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -133,6 +136,15 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, capsys, kind):
 def test_incomplete_flags_are_refused():
     with pytest.raises(UserError, match="--process_id"):
         parallel.start("localhost:1", 2, None)
+
+
+@pytest.mark.parametrize(("said", "devices"), [(None, min(2, os.cpu_count())), (1, 1), (3, 3)])
+def test_alone_a_cpu_is_two_devices_if_nothing_else_is_said(said, devices):
+    code = "import jax; from score_sde import parallel; parallel.start(); print(jax.device_count())"
+    flags = "" if said is None else f"--xla_force_host_platform_device_count={said}"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    found = subprocess.run([sys.executable, "-c", code], cwd=programs.ROOT, env=environment, capture_output=True)
+    assert int(found.stdout) == devices
 
 
 def test_one_process_asks_nobody():
