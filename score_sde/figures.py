@@ -53,7 +53,7 @@ def save_ems(path, lam: np.ndarray, statistics: dict[str, np.ndarray], title: st
 
 def save_convergence(path, steps, distances: dict[str, list[float | None]], title: str):
     """RMS distance to the fine solution against evaluations, one line a solver; None where it has none."""
-    figure, axis = plt.subplots(figsize=(6.8, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.6, 3.6), layout="constrained")
     axis.set_prop_cycle(plt.cycler(linestyle=["-", ":"]) * plt.cycler(color=plt.cm.tab10.colors))
     for name, values in distances.items():
         axis.loglog(steps, values, marker="o", markersize=4, label=name)
