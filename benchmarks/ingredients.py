@@ -4,8 +4,8 @@
         [--steps=5,6,8,10,12,15,20]
 
 RMS distance to the fine solution from the same noises, as the parts of Zheng et al. 2023 are put in one after the
-other: the parameterization l instead of a fixed one, then s and b, the corrector, pseudo-order, order. All uniform in
-lam, to the end of the EMS. Two minutes a digits model on two free cores.
+other: the parameterization l instead of a fixed one, then s and b, the corrector, pseudo-order, order; a table, and a
+picture of its first rows. All uniform in lam, to the end of the EMS. Two minutes a digits model on two free cores.
 """
 
 import numpy as np
@@ -14,6 +14,7 @@ import experiment as experiments
 import model_statistics
 from benchmarks import study
 from ems.statistics import EMS
+from score_sde import figures
 
 PLAIN = dict(order=3, corrector="off", pseudo=False, corrector_pseudo=False, lower_order_final=True)
 CORRECTED = PLAIN | {"corrector": "on"}
@@ -36,6 +37,7 @@ ROWS = {
     "order 1, l, s, b, corrector": ((None, None), CORRECTED | {"order": 1}),
     "published options for the number of evaluations": ((None, None), {}),
 }
+PICTURED = 7  # rows, each one ingredient more than the one before
 
 
 def main():
@@ -44,9 +46,12 @@ def main():
         steps, n = study.steps(), study.NUM_SAMPLES.value
         found = compared(model, model_statistics.ems_of(model), steps, n)
         record[str(model.workdir)] = dict(steps=steps, rms=found)
-        new = [f"## {model.name}, {n} noises", "", *study.rows("evaluations", steps, found)]
+        title = f"{model.name}, {n} noises"
+        new = [f"## {title}", "", *study.rows("evaluations", steps, found)]
         lines += new
         study.write("ingredients", lines, new, record)
+        picture = study.FOLDER / f"ingredients_{model.workdir.name}.png"
+        figures.save_convergence(picture, steps, {name: found[name] for name in list(ROWS)[:PICTURED]}, title)
 
 
 def compared(model, ems, steps: list[int], n: int) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py
 
-0.4 M parameters. Three and a half minutes on two CPU cores; what to expect of it is in README.md.
+0.4 M parameters. Two and a half minutes on two CPU cores; what to expect of it is in README.md.
 """
 
 from configs import base, models
