@@ -29,7 +29,7 @@ from score_sde.sde import SDE, per_image
 from solvers.predictor_corrector import reverse_diffusion
 
 MAX_STEPS = 4096  # accepted and rejected
-FIRST_STEPS = 0.01, -0.1  # of w in radians, from data, where the ODE turns fastest, and from the prior; then adapted
+FIRST_STEPS = 0.01, -0.05  # of w in radians, from data, where the ODE turns fastest, and from the prior; then adapted
 LARGEST_TRACE = 1024  # dimensions of an exact trace
 
 
