@@ -70,7 +70,8 @@ def _divide_cpu():
     """
     flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not flagged and jax.config.jax_num_cpu_devices < 1 and os.cpu_count() >= CPU_DEVICES:
-        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+        with contextlib.suppress(RuntimeError):  # this process has computed before, and keeps the devices it has
+            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def alone() -> bool:

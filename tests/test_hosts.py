@@ -147,6 +147,13 @@ def test_alone_a_cpu_is_two_devices_if_nothing_else_is_said(said, devices):
     assert int(found.stdout) == devices
 
 
+def test_a_process_that_has_computed_keeps_its_devices():
+    code = "import jax; from score_sde import parallel; jax.devices(); parallel.start(); print(jax.device_count())"
+    environment = os.environ | {"XLA_FLAGS": ""}
+    found = subprocess.run([sys.executable, "-c", code], cwd=programs.ROOT, env=environment, capture_output=True)
+    assert int(found.stdout) == 1, found.stderr
+
+
 def test_one_process_asks_nobody():
     """What every program asks starts nothing in one process."""
     assert parallel.agreed(15) == 15
