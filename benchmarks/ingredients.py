@@ -37,7 +37,7 @@ ROWS = {
     "order 1, l, s, b, corrector": ((None, None), CORRECTED | {"order": 1}),
     "published options for the number of evaluations": ((None, None), {}),
 }
-PICTURED = 7  # rows, each one ingredient more than the one before
+PICTURED = 7  # the first rows: a fixed l, the measured, then one ingredient after the other
 
 
 def main():

@@ -34,9 +34,10 @@ STEPS = 50  # of the solvers, whose network is free here
 def main():
     config = experiments.config_of(CONFIG)
     experiment = experiments.build(config)
+    batch = config.training.batch_size
+    parallel.batch_per_device(batch)
     print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, CPU; seconds\n")
     print("| | ours | theirs | ours / theirs | our GFLOP | their GFLOP |\n|---|---|---|---|---|---|")
-    batch = config.training.batch_size
     for name, pair in (
         ("3x3 convolution, 128 channels", convolutions()),
         *networks(experiment, batch),
@@ -66,7 +67,6 @@ def networks(experiment: experiments.Experiment, batch: int):
     noise = lambda params, x, t: experiment.noise_of(params)(x, t)
     step, state = timed.training_step(experiment)
     one_batch = state, timed.blank(experiment, np.arange(batch)[None]), 0
-    split = state.params, *parallel.shard((x, t))
 
     sides = [config.data.image_size // 2**level for level in range(len(model.ch_mult))]
     kinds = ["Attn" if side in model.attn_resolutions else "" for side in sides]
@@ -99,9 +99,8 @@ def networks(experiment: experiments.Experiment, batch: int):
             call()
         return counter.get_total_flops()
 
-    over_all = functools.partial(parallel.pmap(noise, in_axes=(None, 0, 0)), *split)
     for name, ours, function, arguments, call in (
-        ("forward", over_all, noise, (state.params, x, t), their_forward),
+        ("forward", timed.parallel_forward(experiment, state.params, x, t), noise, (state.params, x, t), their_forward),
         ("training step", timed.parallel_step(experiment, batch), step, one_batch, their_step),
     ):
         yield name, ((ours, call), (timed.operations(jax.jit(function), *arguments), their_operations(call)))

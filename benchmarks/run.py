@@ -37,6 +37,7 @@ def main():
     config = experiments.config_of(CONFIG)
     experiment = experiments.build(config)
     batch_size = config.training.batch_size
+    parallel.batch_per_device(batch_size)
     params = experiment.init_params(0)
     x = jax.random.normal(jax.random.key(0), (batch_size, *experiment.image_shape))
     t = jnp.full((batch_size,), 0.5)
@@ -72,9 +73,8 @@ def main():
     show("training step", seconds(step, *arguments), timed.operations(step, *arguments))
 
     if jax.device_count() > 1:  # as train.py and sample.py compute
-        everywhere = parallel.pmap(lambda params, x, t: experiment.noise_of(params)(x, t), in_axes=(None, 0, 0))
         devices = f"over {jax.device_count()} devices"
-        show(f"forward {devices}", seconds(everywhere, params, *parallel.shard((x, t))))
+        show(f"forward {devices}", seconds(timed.parallel_forward(experiment, params, x, t)))
         show(f"training step {devices}", seconds(timed.parallel_step(experiment, batch_size)))
 
     node = jax.tree.map(np.float32, estimate.nodes(experiment.sde, 3))

@@ -1,5 +1,6 @@
 """What several benchmarks time, and how: the training step on blank images, a convolution to compare others with."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -37,6 +38,12 @@ def training_step(experiment: Experiment) -> tuple[Callable, training.State]:
     optimizer = training.make_optimizer(**experiment.config.optim)
     step = training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False)
     return step, training.init_state(experiment.init_params(0), optimizer)
+
+
+def parallel_forward(experiment: Experiment, params, x, t) -> Callable:
+    """The forward pass of images x (B, H, W, C) at t (B,) over all devices, as sample.py computes; no arguments."""
+    forward = parallel.pmap(lambda params, x, t: experiment.noise_of(params)(x, t), in_axes=(None, 0, 0))
+    return functools.partial(forward, params, *parallel.shard((x, t)))
 
 
 def parallel_step(experiment: Experiment, batch: int) -> Callable:

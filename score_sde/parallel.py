@@ -169,9 +169,10 @@ def batch_per_device(batch_size: int) -> int:
     """The share of one device in a global batch."""
     n = jax.device_count()
     if batch_size % n:
-        one = ", or one device, by XLA_FLAGS=--xla_force_host_platform_device_count=1"
-        remedy = one if alone() and jax.default_backend() == "cpu" else ""
-        raise UserError(f"a batch of {batch_size} does not divide over {n} devices: use a multiple of {n}{remedy}")
+        remedy = f"use a multiple of {n}"
+        if alone() and jax.default_backend() == "cpu":
+            remedy += ", or one device, by XLA_FLAGS=--xla_force_host_platform_device_count=1"
+        raise UserError(f"a batch of {batch_size} does not divide over {n} devices: {remedy}")
     return batch_size // n
 
 

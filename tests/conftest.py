@@ -6,7 +6,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_num_cpu_devices", 1)  # whichever test comes first
+jax.config.update("jax_num_cpu_devices", 1)  # else the first program a test calls divides the CPU for all
 
 
 @pytest.fixture

@@ -138,20 +138,21 @@ def test_incomplete_flags_are_refused():
         parallel.start("localhost:1", 2, None)
 
 
-@pytest.mark.parametrize(("said", "devices"), [(None, min(2, os.cpu_count())), (1, 1), (3, 3)])
-def test_alone_a_cpu_is_two_devices_if_nothing_else_is_said(said, devices):
-    code = "import jax; from score_sde import parallel; parallel.start(); print(jax.device_count())"
-    flags = "" if said is None else f"--xla_force_host_platform_device_count={said}"
+@pytest.mark.parametrize(
+    ("flags", "before", "devices"),
+    [
+        ("", "", min(2, os.cpu_count())),
+        ("--xla_force_host_platform_device_count=1", "", 1),
+        ("--xla_force_host_platform_device_count=3", "", 3),
+        ("", "jax.devices(); ", 1),
+    ],
+)
+def test_alone_a_cpu_is_two_devices(flags, before, devices):
+    """If nothing else was said, and nothing computed before."""
+    code = f"import jax; from score_sde import parallel; {before}parallel.start(); print(jax.device_count())"
     environment = os.environ | {"XLA_FLAGS": flags}
     found = subprocess.run([sys.executable, "-c", code], cwd=programs.ROOT, env=environment, capture_output=True)
-    assert int(found.stdout) == devices
-
-
-def test_a_process_that_has_computed_keeps_its_devices():
-    code = "import jax; from score_sde import parallel; jax.devices(); parallel.start(); print(jax.device_count())"
-    environment = os.environ | {"XLA_FLAGS": ""}
-    found = subprocess.run([sys.executable, "-c", code], cwd=programs.ROOT, env=environment, capture_output=True)
-    assert int(found.stdout) == 1, found.stderr
+    assert int(found.stdout) == devices, found.stderr
 
 
 def test_one_process_asks_nobody():
