@@ -3,6 +3,7 @@
 python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.training.n_iters=1000]
 python train.py --config=configs/classifier/digits.py       at its end, accuracy on test images by noise level
 python train.py --workdir=runs/digits
+python train.py --config=configs/digits.py --config.data.dataset=FOLDER --config.training.init=runs/digits --workdir=...
 """
 
 import pathlib
@@ -40,6 +41,7 @@ def main():
     share = dict(batch_size=fields.batch_size, seed=config.seed, **parallel.process())
     stream = data.Stream(experiment.images("train"), **share)
     held_out = data.Stream(experiment.images("test"), **share)
+    params = starting_params(experiment, workdir)
     experiments.claim_workdir(workdir, config)
 
     # ------------------------------------------------------------------------------ the state, new or resumed
@@ -67,7 +69,7 @@ def main():
     )
     show = accuracy(experiment) if experiment.logits_of else sampler(experiment)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=fields.keep_freq)
-    state = training.init_state(experiment.init_params(config.seed), optimizer)
+    state = training.init_state(params, optimizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{workdir}: {size / 1e6:.2f} M parameters, {stream.images.size} images, {jax.device_count()} device(s)")
     if last := checkpoints.last(lambda step: checkpoints.restore(step, state)):
@@ -144,6 +146,24 @@ def config_and_workdir():
     config = experiments.config_of(CONFIG)
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
     return config, pathlib.Path(WORKDIR.value or experiments.RUNS / name)
+
+
+def starting_params(experiment, workdir):
+    """Those drawn from the seed; of a new run with training.init the averaged ones of that run or packed model."""
+    folder = experiment.config.training.init
+    drawn = experiment.init_params(experiment.config.seed)
+    if folder is None or checkpoint.Checkpoints(workdir).steps():
+        return drawn
+    model = experiments.open_model(folder, classifier=experiment.logits_of is not None)
+    checkpoint.check_fit(folder, "params", checkpoint.layout(drawn), checkpoint.layout(model.params))
+    theirs, ours = model.experiment.config.denoiser, experiment.config.denoiser
+    for field in ours:
+        if theirs[field] != ours[field]:
+            raise UserError(
+                f"{folder} was trained with denoiser.{field} {theirs[field]!r}, not {ours[field]!r}, so its parameters "
+                "mean something else: take its value, or start from the seed"
+            )
+    return model.params
 
 
 def stream_identity(config, stream) -> str:

@@ -97,6 +97,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     config.training = training = ConfigDict()
     training.batch_size = 128  # over all devices
     training.n_iters = 1_300_000
+    training.init = placeholder(str)  # a run or packed model whose averaged parameters it starts from; None: from seed
     training.continuous = not sde.startswith("discrete")  # times from a continuum, or from a chain's nodes
     training.t_min = 1e-5  # smallest time trained at
     training.likelihood_weighting = False

@@ -152,7 +152,7 @@ class Checkpoints:
             if not intact or any(sums and sums[name][0] != _crc(found) for name, found in stored.items()):
                 raise ValueError("its description is not what was written")
         for name, template in templates.items():
-            _check(folder, name, layout(template), stored[name])
+            check_fit(folder, name, layout(template), stored[name])
         as_numpy = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
         items = {name: ocp.args.StandardRestore(as_numpy(template)) for name, template in templates.items()}
         with self._reading(folder):
@@ -173,7 +173,7 @@ class Checkpoints:
             ) from None
 
 
-def _check(folder, name: str, ours: dict, theirs: dict):
+def check_fit(folder, name: str, ours: dict, theirs: dict):
     """Refuse a checkpoint of another network by the first leaf that does not fit."""
     for leaf in sorted(ours.keys() | theirs.keys()):
         if ours.get(leaf) != theirs.get(leaf):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,19 @@ def test_resumed_training_is_bit_for_bit_the_undisturbed(run, tmp_path):
     out = ok(program("train", *TINY, "--config.training.n_iters=8", f"--workdir={tmp_path / 'half'}"))
     assert "continuing at step 4" in out
     equal(leaves(run, 8), leaves(tmp_path / "half", 8))
+
+
+def test_a_run_that_starts_from_another(run, tmp_path):
+    """Its first update, of learning rate 0, leaves the averaged parameters of the other, which may be gone later."""
+    other, fresh = tmp_path / "other", tmp_path / "fresh"
+    shutil.copytree(run, other)
+    new = [*TINY, f"--config.training.init={other}", "--config.seed=1", f"--workdir={fresh}"]
+    assert f"model: {other} at step 8" in ok(program("train", *new, "--config.training.n_iters=1"))
+    theirs, ours = leaves(run, 8), leaves(fresh, 1)
+    for path in [path for path in theirs if path[0] == "ema"]:
+        np.testing.assert_array_equal(ours["state", "params", *path[1:]], theirs[path])
+    shutil.rmtree(other)
+    assert "continuing at step 1" in ok(program("train", *new, "--config.training.n_iters=2"))
 
 
 def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
@@ -196,6 +210,21 @@ MISTAKES = {
         "train",
         lambda run, tmp: [*TINY, "--config.seed=1", f"--workdir={run}"],
         ["holds another experiment", "seed"],
+    ),
+    "parameters of another network": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.model.nf=16", f"--config.training.init={run}", f"--workdir={tmp}"],
+        ["does not fit", "(8,) there and (16,) here"],
+    ),
+    "parameters of another meaning": (
+        "train",
+        lambda run, tmp: [*TINY, "--config.denoiser.output=v", f"--config.training.init={run}", f"--workdir={tmp}"],
+        ["denoiser.output 'eps', not 'v'"],
+    ),
+    "parameters of no run": (
+        "train",
+        lambda run, tmp: [*TINY, f"--config.training.init={tmp / 'none'}", f"--workdir={tmp / 'new'}"],
+        ["no such workdir"],
     ),
     "occupied workdir": ("train", lambda run, tmp: [*TINY, f"--workdir={ROOT / 'configs'}"], ["not empty"]),
     "continue nothing": ("train", lambda run, tmp: [f"--workdir={tmp / 'none'}"], ["config.json"]),
