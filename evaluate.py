@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint=all                     every checkpoint of a run in turn, and a table of them
     python evaluate.py --metrics=bpd,encoding               bits/dim of test images; how well the ODE brings them back
     python evaluate.py --metrics=fid --num_samples=10000 [--solver=dpmv3 --steps=10] [--network=resnet20-fashion_mnist]
+    python evaluate.py --metrics=fid --solver=ddim,dpmpp,unipc,dpmv3 --steps=5,6,8,10,12,15,20      the paper's table
     python evaluate.py --samples=FOLDER --config=configs/fashion_mnist.py       anyone's images against a data set
     python evaluate.py --statistics --config=configs/fashion_mnist.py           of a data set, kept in runs/statistics/
 
@@ -50,8 +51,8 @@ INCEPTION_WEIGHTS = flags.DEFINE_string("inception_weights", None, "pytorch-fid'
 INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf (TensorFlow's) or pf (pytorch-fid's).")
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Images of fid; published numbers take 50000.", lower_bound=2)
-SOLVER = flags.DEFINE_string("solver", None, "Of fid and samples; the config's if absent.")
-STEPS = flags.DEFINE_integer("steps", None, "Network evaluations of them; the config's if absent.", lower_bound=1)
+SOLVER = flags.DEFINE_list("solver", None, "Of fid, and the first of samples; the config's if absent.")
+STEPS = flags.DEFINE_list("steps", None, "Network evaluations, likewise; with each solver. The config's if absent.")
 
 # What the convergence study compares: row name -> solver and options.
 STUDY = {
@@ -76,6 +77,9 @@ def main():
     for name in METRICS.value or [""]:
         if name not in metrics:
             raise UserError(f"unknown metric {name!r}: use one of {', '.join(metrics)}")
+    for text in STEPS.value or []:
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"--steps={text}: expected numbers of network evaluations, as in --steps=5,10")
     chosen = {name: metrics[name] for name in METRICS.value}
     if CHECKPOINT.value is None:
         evaluate(experiments.open_model(WORKDIR.value), chosen)
@@ -99,12 +103,15 @@ def evaluate(model, metrics: dict, name: str = ".") -> dict:
     report = earlier(model, folder)
     versions = dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0])
     for metric, measure in metrics.items():
-        began = time.perf_counter()
-        result = measure(model, folder)
-        made = dict(seed=SEED.value, seconds=time.perf_counter() - began, command=" ".join(sys.argv), versions=versions)
-        report = reports.add(report, metric, result | made)
-        print("\n".join(["", *reports.lines(metric, result | made)]))
-        write(folder, report)
+        ways = sampling_ways(model) if metric == "fid" else [()]
+        for way in ways:
+            began = time.perf_counter()
+            result = measure(model, folder, *way)
+            seconds = time.perf_counter() - began
+            result |= dict(seed=SEED.value, seconds=seconds, command=" ".join(sys.argv), versions=versions)
+            report = reports.add(report, metric, result)
+            print("\n".join(["", *reports.lines(metric, result)]))
+            write(folder, report)
     report |= training(model, folder) | shown_ems(model, folder)
     write(folder, report)
     print(f"\nwrote {folder}/report.json and report.md")
@@ -200,10 +207,16 @@ def convergence(model, folder) -> dict:
     return result | dict(ems=ems.origin)
 
 
+def sampling_ways(model) -> list[tuple[str, int]]:
+    """Each of --solver with each of --steps."""
+    fields = model.experiment.config.sampling
+    steps = [int(text) for text in STEPS.value or [fields.steps]]
+    return [(solver, count) for solver in SOLVER.value or [fields.solver] for count in steps]
+
+
 def sample_grid(model, folder) -> dict:
     """A picture of the first samples, as many as the config's batches have."""
-    fields = model.experiment.config.sampling
-    solver, steps = SOLVER.value or fields.solver, STEPS.value or fields.steps
+    solver, steps = sampling_ways(model)[0]
     images_of, _, options, n = image_quality.drawer(model, solver, steps, SEED.value, EMS.value)
     figures.save_grid(folder / "samples.png", images_of(0, n)[:256])
     return dict(solver=solver, steps=steps, options=options, num_samples=min(n, 256))
@@ -301,14 +314,13 @@ def feature_network(config):
     )
 
 
-def sample_quality(model, folder) -> dict:
+def sample_quality(model, folder, solver: str, steps: int) -> dict:
     """Distances of --num_samples samples to the training images, in the features of a network; resumes if stopped."""
-    fields = model.experiment.config.sampling
     return image_quality.of_samples(
         model,
         feature_network(model.experiment.config),
-        solver=SOLVER.value or fields.solver,
-        steps=STEPS.value or fields.steps,
+        solver=solver,
+        steps=steps,
         n=NUM_SAMPLES.value,
         seed=SEED.value,
         ems_path=EMS.value,

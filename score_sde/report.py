@@ -148,6 +148,20 @@ def quality_names(result) -> tuple[str, str]:
     return f"KD-{result['network']}", f"score of the classes of {result['network']}"
 
 
+def by_evaluations(results) -> list[str]:
+    """Where several solvers took several numbers of evaluations: the distances, a row a solver, as papers show them."""
+    lines = []
+    group = lambda result: (result["num_samples"], result["seed"])
+    for n, seed in dict.fromkeys(map(group, results)):
+        cells = {(r["solver"], r["steps"]): f"{r['frechet']:.4g}" for r in results if group(r) == (n, seed)}
+        solvers, steps = list(dict.fromkeys(solver for solver, _ in cells)), sorted({steps for _, steps in cells})
+        if len(solvers) > 1 and len(steps) > 1:
+            rows = [[solver, *(cells.get((solver, k), "") for k in steps)] for solver in solvers]
+            lines += [f"By evaluations, {n} samples from the same noises (seed {seed}):", ""]
+            lines += [*table(["evaluations", *steps], rows), ""]
+    return lines
+
+
 def fid_lines(results) -> list[str]:
     """A table for each network, preprocessing and reference, one row a way of sampling."""
     group = lambda result: tuple(result[key] for key in ("distance", "weights_sha256", "preprocessing", "against"))
@@ -168,6 +182,7 @@ def fid_lines(results) -> list[str]:
             f"many test images, or of all where there are fewer. Score: {score}, +- its deviation over splits; "
             f"{kernel}: +- its deviation over subsets.",
             "",
+            *by_evaluations(rows),
             *table(
                 ["solver", "evaluations", "samples", "seed", distance, "floor", "score", kernel, "precision", "recall"],
                 [

@@ -484,6 +484,8 @@ BAD = {
     "unknown metric": (EVALUATE + "--metrics=fid50k", "'fid50k'", "convergence"),
     "no metric": (EVALUATE + "--metrics=", "metric ''", "loss"),
     "one sample": (EVALUATE + "--num_samples=1", "num_samples", "1"),
+    "steps that are no number": (EVALUATE + "--metrics=fid --steps=5,ten", "--steps=ten", "--steps=5,10"),
+    "no evaluations to measure": (EVALUATE + "--metrics=fid --steps=0", "--steps=0", "--steps=5,10"),
     "unknown feature network": (EVALUATE + "--metrics=fid --network=vgg", "'vgg'", "inception"),
     "absent feature network": (EVALUATE + "--metrics=fid --network=none.npz", "none.npz"),
     "feature network that is none": (EVALUATE + "--metrics=fid --network=data/good.npz", "data/good.npz", "ResNet-20"),

@@ -372,6 +372,16 @@ def test_samples_of_a_run(run_and_network):
     assert len(kept()) == 4  # 64 + 64 + 2
     assert len(list((folder / "runs/statistics").glob("digits-train-1500-*.npz"))) == 1
 
+    # several solvers and numbers of evaluations in one call: a row each, and a table of all
+    arguments[-2:] = ["--solver=ddim,dpmpp", "--steps=2,3"]
+    before = kept()
+    ok(program(folder, "evaluate.py", *arguments, "--num_samples=70"))
+    assert kept() == before
+    rows = json.loads((folder / "run/eval/report.json").read_text())["fid"]
+    ways = [(solver, steps) for solver in ("ddim", "dpmpp") for steps in (2, 3)]
+    assert {(row["solver"], row["steps"]) for row in rows if row["num_samples"] == 70} == set(ways)
+    assert "| evaluations | 2 | 3 |" in (folder / "run/eval/report.md").read_text()
+
 
 def test_images_of_others(run_and_network):
     """A folder that holds the test images is as far from the data as the floor says; a mistake is one line."""

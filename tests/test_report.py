@@ -108,6 +108,23 @@ def test_rendered_rows(tmp_path):
     assert report.read(tmp_path / "none") is None
 
 
+def test_distances_by_evaluations():
+    """Several solvers and numbers of evaluations make the papers' table, of equal samples and seed, gaps left empty."""
+    ways = [("ddim", 5, 0.75), ("ddim", 10, 0.5), ("dpmv3", 5, 0.625), ("dpmv3", 20, 0.25)]
+    results = [quality(solver=solver, steps=steps, frechet=value) for solver, steps, value in ways]
+    lines = report.by_evaluations([*results, quality(solver="unipc", steps=6, seed=1)])
+    assert lines[2:] == [
+        "| evaluations | 5 | 10 | 20 |",
+        "|---|---|---|---|",
+        "| ddim | 0.75 | 0.5 |  |",
+        "| dpmv3 | 0.625 |  | 0.25 |",
+        "",
+    ]
+    assert "100 samples from the same noises (seed 0)" in lines[0]
+    assert lines[2] in report.fid_lines(results)
+    assert report.by_evaluations(results[:2]) == []  # one solver
+
+
 def test_table_of_checkpoints():
     reports = {
         step: report.add({}, "loss", dict(mean=1 / step, standard_error=0.0, images=5) | MADE) for step in (1000, 2000)
