@@ -38,7 +38,7 @@ RULES = (
             *(f"eval.{name}" for name in ("num_data", "batch_size", "num_samples")),
             *(f"eval.likelihood.{name}" for name in ("num_data", "repeats", "num_probes")),
             *("model.nf", "model.num_res_blocks", "model.blocks_per_group", "model.channel_multiplier"),
-            "model.num_outputs",
+            *("model.num_outputs", "model.patch_size"),
         ),
     ),
     ("at least 2", lambda value: value >= 2, ("ems.nodes", "eval.fine_steps")),

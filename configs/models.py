@@ -33,6 +33,7 @@ def ddpmpp(**changes) -> ConfigDict:
             num_classes=0,
             dtype="float32",
             remat=False,
+            patch_size=1,
         )
         | changes
     )

@@ -13,7 +13,7 @@ from score_sde.errors import UserError
 from score_sde.importers import from_torch, to_torch
 from score_sde.models import layers
 from score_sde.models.ncsnpp import NCSNpp
-from score_sde.models.resample import downsample_2d, smooth_2d, upsample_2d
+from score_sde.models.resample import depth_to_space, downsample_2d, smooth_2d, space_to_depth, upsample_2d
 from tests import reference
 
 # For small networks compilation is all the time there is, and this makes it 2.6 times shorter.
@@ -164,6 +164,22 @@ def test_output_has_the_shape_and_type_of_x(shape):
     out = run(network, params, x, label)
     assert out.shape == shape
     assert out.dtype == x.dtype
+
+
+def test_patches_enter_and_leave_in_place():
+    """A patch's pixels are channels of one, row by row, and come back; the network is that of the patched image."""
+    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    patched = space_to_depth(x, 2)
+    assert patched.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(patched[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
+    np.testing.assert_array_equal(depth_to_space(patched, 2), x)
+    for progressive in ("none", "output_skip"):
+        options = dict(progressive=progressive, progressive_input="input_skip")
+        network, params, x, label = tiny(shape=(2, 4, 4, 12), **options)
+        out = run(network.clone(patch_size=2), params, depth_to_space(x, 2), label)
+        np.testing.assert_allclose(space_to_depth(out, 2), run(network, params, x, label), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="multiples of 4"):
+        run(network.clone(patch_size=2), params, jnp.zeros((2, 6, 6, 3)), label)
 
 
 def test_published_initialization():

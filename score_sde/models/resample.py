@@ -53,6 +53,20 @@ def smooth_2d(x: Array, kernel: Sequence[float]) -> Array:
     return _convolve(x, taps, stride=1, padding=((len(taps) + 1) // 2, len(taps) // 2))
 
 
+def space_to_depth(x: Array, size: int) -> Array:
+    """(B, H, W, C) -> (B, H / size, W / size, size^2 C): each square of pixels as the channels of one."""
+    batch, height, width, channels = x.shape
+    squares = x.reshape(batch, height // size, size, width // size, size, channels).swapaxes(2, 3)
+    return squares.reshape(batch, height // size, width // size, size**2 * channels)
+
+
+def depth_to_space(x: Array, size: int) -> Array:
+    """The inverse of `space_to_depth`: (B, H, W, size^2 C) -> (B, size H, size W, C)."""
+    batch, height, width, depth = x.shape
+    squares = x.reshape(batch, height, width, size, size, depth // size**2).swapaxes(2, 3)
+    return squares.reshape(batch, size * height, size * width, depth // size**2)
+
+
 def _normalized(kernel: Sequence[float], total: float) -> list[float]:
     """Taps that sum to `total`, reversed: convolution is correlation with the reversed kernel."""
     return [total * tap / sum(kernel) for tap in reversed(tuple(kernel))]
