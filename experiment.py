@@ -285,7 +285,9 @@ class Experiment(NamedTuple):
             continuous=fields.continuous,
             num_scales=self.config.denoiser.num_scales,
             t_min=fields.t_min,
+            lam_normal=fields.lam_normal,
             likelihood_weighting=fields.likelihood_weighting,
+            v_weighting=fields.v_weighting,
             reduce_mean=fields.reduce_mean,
             label_dropout=fields.label_dropout,
             null_label=self.num_classes,
@@ -323,6 +325,10 @@ def build(config: ConfigDict) -> Experiment:
     hidden = config.training.label_dropout
     if hidden and not config.model.get("num_classes"):
         raise UserError(f"training.label_dropout is {hidden}: expected 0 unless model.num_classes is set")
+    if config.training.lam_normal is not None and not config.training.continuous:
+        raise UserError("training.lam_normal draws times from a continuum: expected None unless training.continuous")
+    if config.training.likelihood_weighting and (config.training.lam_normal or config.training.v_weighting):
+        raise UserError("training.likelihood_weighting: expected no training.lam_normal or v_weighting beside it")
     noise_levels = {k: v for k, v in config.sde.items() if k in ("sigma_min", "sigma_max")}
     network = construct(
         models.MODELS,

@@ -62,6 +62,11 @@ RULES = (
         lambda values: len(values) > 0 and all(isinstance(value, int) and value >= 1 for value in values),
         ("model.ch_mult", "eval.steps"),
     ),
+    (
+        "None, or the mean and the positive standard deviation of lam",
+        lambda value: value is None or (len(value) == 2 and abs(value[0]) < 100 and 0 < value[1] < 100),
+        ("training.lam_normal",),
+    ),
     ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
 )
 
@@ -100,7 +105,9 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     training.init = placeholder(str)  # a run or packed model whose averaged parameters it starts from; None: from seed
     training.continuous = not sde.startswith("discrete")  # times from a continuum, or from a chain's nodes
     training.t_min = 1e-5  # smallest time trained at
+    training.lam_normal = placeholder(tuple)  # mean and deviation of lam, normal, in place of uniform times
     training.likelihood_weighting = False
+    training.v_weighting = False  # the error of v in place of that of eps: more weight to large noise
     training.reduce_mean = not exploding  # mean over pixels, or half of the sum
     training.label_dropout = 0.0  # share of labels hidden from a class-conditional network, which can then be guided
     training.ema_rate = 0.999 if exploding else 0.9999

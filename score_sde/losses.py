@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from score_sde.denoiser import NoiseFn
@@ -22,18 +23,42 @@ def draw_time(key, shape, *, t_min: float, t_max: float, num_scales: int | None 
     return jax.random.randint(key, shape, 0, num_scales).astype(jnp.float32) / (num_scales - 1)
 
 
+def draw_time_of_lam(key, shape, sde: SDE, *, t_min: float, mean: float, std: float):
+    """Times of a normal lam, cut to those of (t_min, t_max) (Karras et al. 2022, Table 1, where ln sigma is -lam).
+
+    Times uniform for VP lie to a half where x_t is hardly more than noise and there is little to learn.
+    """
+    ends = np.array([sde.t_max, t_min])
+    lower, upper = (sde.lam(ends) - mean) / std
+    lam = mean + std * jax.random.truncated_normal(key, lower, upper, shape)
+    return jnp.clip(sde.t_of_lam(lam), t_min, sde.t_max)  # against rounding
+
+
 def denoising_score_matching(
-    noise: NoiseFn, sde: SDE, x0, t, z, *, likelihood_weighting: bool = False, reduce_mean: bool = True
+    noise: NoiseFn,
+    sde: SDE,
+    x0,
+    t,
+    z,
+    *,
+    likelihood_weighting: bool = False,
+    v_weighting: bool = False,
+    reduce_mean: bool = True,
 ):
     """Loss of each image: (B,).
 
     x0, z: (B, H, W, C) data and standard normal noise; t: (B,).
     likelihood_weighting: weight g(t)^2 / sigma^2 instead of 1, a bound on the likelihood (Song et al. 2021b, eq. 7).
+    v_weighting: weight 1 + exp(-2 lam), for VP the squared error of v (Salimans & Ho 2022, section 4: "SNR + 1").
     reduce_mean: mean over pixels, or half of their sum.
     """
     error = jnp.square(noise(sde.perturb(x0, t, z), t) - z).reshape(len(x0), -1)
     loss = error.mean(1) if reduce_mean else 0.5 * error.sum(1)
-    return loss * (sde.diffusion(t) / sde.sigma(t)) ** 2 if likelihood_weighting else loss
+    if likelihood_weighting:
+        loss *= (sde.diffusion(t) / sde.sigma(t)) ** 2
+    if v_weighting:
+        loss *= 1 + jnp.exp(-2 * sde.lam(t))
+    return loss
 
 
 def log_probability(logits: Callable, y) -> Callable:

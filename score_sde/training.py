@@ -89,6 +89,8 @@ def make_loss(
     t_min: float,
     likelihood_weighting: bool,
     reduce_mean: bool,
+    v_weighting: bool = False,
+    lam_normal: tuple[float, float] | None = None,
     label_dropout: float = 0.0,
     null_label: int = 0,
 ) -> Callable:
@@ -98,11 +100,18 @@ def make_loss(
     preprocess: (key, uint8 image) -> float image in the model's data range.
     batch: {"image": (B, H, W, C) uint8, "index": (B,) place in the global batch}, and "label" (B,) if there are any.
     continuous: times in (t_min, t_max); else among the num_scales nodes of the chain.
+    lam_normal: mean and standard deviation of lam at these times, which are uniform if None.
+    likelihood_weighting, v_weighting, reduce_mean: see `losses.denoising_score_matching`.
     label_dropout: probability that training hides an example's label, as null_label.
     """
 
     def times(key):
+        if lam_normal is not None:
+            mean, std = lam_normal
+            return losses.draw_time_of_lam(key, (), sde, t_min=t_min, mean=mean, std=std)
         return losses.draw_time(key, (), t_min=t_min, t_max=sde.t_max, num_scales=None if continuous else num_scales)
+
+    weighting = dict(likelihood_weighting=likelihood_weighting, v_weighting=v_weighting, reduce_mean=reduce_mean)
 
     def loss(params, batch, key, train: bool):
         draws = draw(key, batch["index"], batch["image"].shape[1:], times)
@@ -111,9 +120,7 @@ def make_loss(
         if train and label_dropout:
             y = drop_labels(draws.dropout, y, rate=label_dropout, null=null_label)
         noise = noise_of(params, y, draws.dropout if train else None)
-        return losses.denoising_score_matching(
-            noise, sde, x0, draws.t, draws.z, likelihood_weighting=likelihood_weighting, reduce_mean=reduce_mean
-        )
+        return losses.denoising_score_matching(noise, sde, x0, draws.t, draws.z, **weighting)
 
     return loss
 

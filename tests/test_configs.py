@@ -56,6 +56,7 @@ NETWORKS["ddpm++"] = dict(
     num_classes=0,
     dtype="float32",
     remat=False,
+    patch_size=1,
 )
 NETWORKS["ddpm++ deep"] = NETWORKS["ddpm++"] | dict(num_res_blocks=8)
 NETWORKS["ncsn++"] = NETWORKS["ddpm++"] | dict(fir=True, progressive_input="residual")
@@ -386,7 +387,7 @@ def test_equal_to_the_published_file(name):
     # what is ours alone: not a published value, or not a field of the official files
     extra = set(BASE) | {f"sde.{key}" for key in config.sde} | {f"model.{key}" for key in config.model}
     own = {"data.crop", "data.resize", "training.t_min", "training.label_dropout", "sde.t_min"}
-    own |= {"model.num_classes", "model.dtype", "model.remat"}
+    own |= {"model.num_classes", "model.dtype", "model.remat", "model.patch_size"}
     unset = {"model.fourier_scale"} if config.model.get("embedding_type") == "positional" else set()
     assert extra - set(official) - unset <= own
 

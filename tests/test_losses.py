@@ -77,6 +77,32 @@ def test_drawn_times():
     np.testing.assert_allclose(np.unique(nodes), np.linspace(0, 1, 5))
 
 
+@pytest.mark.parametrize("sde", [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE()])
+def test_times_of_a_normal_lam(sde):
+    """Far from the ends the drawn lam have the mean and deviation asked for; near them, no time lies beyond."""
+    t = losses.draw_time_of_lam(jax.random.key(0), (20_000,), sde, t_min=1e-5, mean=0.5, std=0.8)
+    lam = sde.lam(np.asarray(t, np.float64))
+    np.testing.assert_allclose([lam.mean(), lam.std()], [0.5, 0.8], atol=0.02)
+    wide = losses.draw_time_of_lam(jax.random.key(0), (20_000,), sde, t_min=1e-3, mean=0.0, std=20.0)
+    assert wide.min() >= np.float32(1e-3)
+    assert wide.max() <= 1.0
+    lam = np.sort(sde.lam(np.asarray(wide, np.float64)))
+    first, last = sde.lam(np.array([1.0, 1e-3]))
+    np.testing.assert_allclose([lam[0], lam[-1]], [first, last], atol=0.02 * (last - first))
+
+
+def test_v_weighting_is_the_error_of_v():
+    """For VP the weighted loss of any prediction is |v - v_true|^2, v = alpha z - sigma x_0."""
+    sde = sde_lib.VP()
+    x0, z, off = jax.random.normal(jax.random.key(0), (3, 64, 2, 2, 1))
+    t = jnp.linspace(0.01, 1.0, 64)
+    alpha, sigma = (c[:, None, None, None] for c in (sde.alpha(t), sde.sigma(t)))
+    predicted = alpha * z - sigma * x0 + off
+    noise = denoiser.noise_fn(lambda x, label: predicted, sde, output="v", label="time")
+    loss = losses.denoising_score_matching(noise, sde, x0, t, z, v_weighting=True)
+    np.testing.assert_allclose(loss, jnp.square(off).mean((1, 2, 3)), rtol=1e-3)
+
+
 @pytest.mark.parametrize("output", denoiser.OUTPUTS)
 def test_every_network_output_gives_the_same_noise(output, x64):
     """A perfect network in any of the four parameterizations is the same NoiseFn."""
