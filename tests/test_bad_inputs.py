@@ -293,6 +293,15 @@ BAD = {
     "slices that do not divide": (TRAIN + "--config.training.accumulate=3", "accumulate", "3", "divisor of"),
     "unknown reaction": (TRAIN + "--config.training.non_finite=ignore", "'ignore'", "stop or skip"),
     "training time after the end": (TRAIN + "--config.training.t_min=2.0", "training.t_min", "2"),
+    "noise levels without spread": (TRAIN + "--config.training.lam_normal=(0.5,0)", "lam_normal", "positive"),
+    "one number of noise levels": (TRAIN + "--config.training.lam_normal=(0.5,)", "lam_normal", "(0.5,)", "deviation"),
+    "noise levels of a chain": (
+        TRAIN + "--config.training.lam_normal=(0.5,1.0) --config.training.continuous=False", "lam_normal", "continuous",
+    ),
+    "two weightings": (
+        TRAIN + "--config.training.v_weighting --config.training.likelihood_weighting", "likelihood_weighting",
+        "v_weighting",
+    ),
     "average above 1": (TRAIN + "--config.training.ema_rate=1.5", "ema_rate", "1.5"),
     "hidden labels of no classes": (TRAIN + "--config.training.label_dropout=0.1", "label_dropout", "num_classes"),
     "all labels hidden": (
