@@ -4,7 +4,10 @@
 
 The first call writes config.json and ema.npz, the averaged parameters in half precision. The packed model is one of
 its own: its EMS and metrics are measured with the rounded parameters, by the commands that this program prints, and are
-kept in runs/pretrained/<name>. A further call takes the EMS over into ems.npz, and writes what is known into card.md.
+kept in runs/pretrained/<name>. A further call takes the EMS over into ems.npz, adds what was measured to report.json,
+and writes what is known into card.md; it needs the run no more:
+
+    python -m pretrained.pack --workdir=pretrained/fashion_mnist
 """
 
 import importlib
@@ -28,22 +31,18 @@ CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; t
 NAME = flags.DEFINE_string("name", None, "Folder under pretrained/; the run folder's name if absent.")
 EMS_FILE = flags.DEFINE_string("ems", None, "EMS file of the packed model; the best it has if absent.")
 
+CARD = ("loss", "bpd", "encoding", "fid", "convergence")  # the metrics on it
 EMA_BYTES, ALL_BYTES = 4_000_000, 5_000_000
 HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to a node's largest value
 
 
 def main():
-    run = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
-    if packed.is_packed(run.workdir):
-        raise UserError(f"{run.workdir} is packed already: give the --workdir of a run")
-    folder = experiments.PRETRAINED / (NAME.value or run.workdir.name)
-    config = portable(run.experiment.config)
-
-    # ------------------------------------------------------------------------------ the model
-    files.write(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    packed.save(folder, packed.rounded(run.params), dict(step=run.step, run=run.identity))
-    refuse_large(folder, [packed.NAME], EMA_BYTES, "parameters: pack a smaller network")
-    model = experiments.open_model(str(folder))
+    model = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
+    if not packed.is_packed(model.workdir):
+        model = pack(model, experiments.PRETRAINED / (NAME.value or model.workdir.name))
+    elif NAME.value not in (None, model.workdir.name):
+        raise UserError(f"{model.workdir} is packed already: leave out --name={NAME.value}, or copy the folder")
+    folder, results = model.workdir, model.results / "eval"
 
     # ------------------------------------------------------------------------------ its statistics
     own = folder / "ems.npz"
@@ -52,21 +51,33 @@ def main():
     measured = pathlib.Path(EMS_FILE.value) if EMS_FILE.value else model_statistics.find(model)
     if measured not in (None, own):
         ems = model_statistics.load(model, measured)
-        statistics.save(own, halved(ems._replace(origin=ems.origin | dict(data=config.data.dataset))))
+        origin = ems.origin | dict(data=portable(model.experiment.config).data.dataset)
+        statistics.save(own, halved(ems._replace(origin=origin)))
     refuse_large(folder, [packed.NAME, own.name], ALL_BYTES, "EMS: measure them with fewer --nodes")
 
     # ------------------------------------------------------------------------------ its card
-    report = reports.read(model.results / "eval") or {}
-    if report and report["model"]["identity"] != model.identity:
-        report = {}
-    log = events.training(run.workdir / "tensorboard", run.step)
-    files.write(folder / "card.md", card(run, model, config, log and log[0], report))
+    report = dict(model=dict(workdir=str(folder), step=model.step, identity=model.identity))
+    for found in (reports.read(folder), reports.read(results)):
+        if found is not None and found["model"]["identity"] == model.identity:
+            report = reports.joined(report, {name: found[name] for name in CARD if name in found})
+    if report.keys() & set(CARD):
+        files.write(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    files.write(folder / "card.md", card(model, report))
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     print(f"wrote {folder}: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
     if not own.exists():
         print(f"still to measure, then pack again: {measure_ems(folder)}")
     for metric in [metric for metric in ("loss", "bpd", "fid") if metric not in report]:
         print(f"still to measure, then pack again: {evaluation(folder, metric)}")
+
+
+def pack(run, folder):
+    """The packed model of a run; what its training logged is kept with the parameters."""
+    files.write(folder / "config.json", json.dumps(portable(run.experiment.config).to_dict(), indent=2) + "\n")
+    log = events.training(run.workdir / "tensorboard", run.step)
+    packed.save(folder, packed.rounded(run.params), dict(step=run.step, run=run.identity, training=log and log[0]))
+    refuse_large(folder, [packed.NAME], EMA_BYTES, "parameters: pack a smaller network")
+    return experiments.open_model(str(folder))
 
 
 def portable(config):
@@ -123,9 +134,11 @@ def training_command(config, name: str) -> str:
     return f"`python train.py --config=configs/{name}.py{overrides}`"
 
 
-def card(run, model, config, log: dict | None, report: dict) -> str:
+def card(model, report: dict) -> str:
     """What the model is and how good it is, as far as that was measured."""
-    folder, experiment = model.workdir, model.experiment
+    folder, experiment, config = model.workdir, model.experiment, portable(model.experiment.config)
+    made = packed.load(folder, experiment.params_template())[1]
+    log = made["training"]
     height, width, channels = experiment.image_shape
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(model.params))
     facts = {
@@ -133,21 +146,21 @@ def card(run, model, config, log: dict | None, report: dict) -> str:
         "SDE": f"{statistics.describe_sde(experiment.sde)}",
         "network": f"{config.model.name}, {size / 1e6:.2f} M parameters, half precision",
         "trained by": training_command(config, folder.name),
-        "steps": f"{run.step} of the config's {config.training.n_iters}, batches of {config.training.batch_size}",
+        "steps": f"{model.step} of the config's {config.training.n_iters}, batches of {config.training.batch_size}",
     }
     if log is not None:
         facts["hours"] = f"{log['hours']:.1f} between what was logged first and last, without pauses"
         facts["training loss"] = f"{log['loss']:.5f}, mean of the last {log['loss_values']} logged"
         if log["held_out_loss"] is not None:
             facts["test loss while training"] = f"{log['held_out_loss']:.5f}, averaged parameters, one batch"
-    facts["identity"] = f"{model.identity}; of the run, in single precision, {run.identity}"
+    facts["identity"] = f"{model.identity}; of the run, in single precision, {made['run']}"
     path = folder / "ems.npz"
     if path.exists():
         origin = statistics.load_origin(path)
         facts["EMS"] = f"{origin['nodes'] + 1} nodes, {origin['num_data']} images of {origin['data']}"
     lines = [f"# {folder.name}: a model in the box", "", *reports.table(["", ""], [list(row) for row in facts.items()])]
     lines += ["", "    python sample.py --solver=dpmv3" + f" --workdir=pretrained/{folder.name}", "", "## Measured", ""]
-    for metric in ("loss", "bpd", "encoding", "fid", "convergence"):
+    for metric in CARD:
         if metric in report:
             found = [line for line in reports.SECTIONS[metric][1](report[metric]) if not line.startswith("![")]
             each = " (each row with its own solver, steps and num_samples)" if metric == "fid" else ""

@@ -37,6 +37,14 @@ def add(report: dict, metric: str, result: dict) -> dict:
     return report | {metric: result}
 
 
+def joined(report: dict, later: dict) -> dict:
+    """A report with the results of a later one added."""
+    for metric, found in later.items():
+        for result in found if metric == "fid" else [found]:
+            report = add(report, metric, result)
+    return report
+
+
 # ------------------------------------------------------------------------------------------------ lines of a result
 
 

@@ -132,6 +132,34 @@ def test_drawn_without_runs_and_data(box, tmp_path):
     np.testing.assert_array_equal(samples(tmp_path / "runs/newer/samples/step5-dpmv3-5-seed0"), drawn)
 
 
+def test_packed_again_without_its_run(box, tmp_path):
+    """What is measured later comes to the card beside what was there; a report of another model does not."""
+    folder, results = tmp_path / "pretrained/fashion_mnist", tmp_path / "runs/pretrained/fashion_mnist/eval"
+    shutil.copytree(box / "pretrained", tmp_path / "pretrained")
+    parameters, model = (folder / "ema.npz").read_bytes(), experiments.open_model(str(folder))
+    repack = ["pretrained.pack", "--workdir=pretrained/fashion_mnist"]
+    results.mkdir(parents=True)
+    made = dict(seed=0, seconds=1.0, command="evaluate.py", versions={})
+    measured = dict(
+        loss=dict(mean=0.25, standard_error=0.125, images=8) | made,
+        encoding=dict(rms=0.5, largest=1.0, images=8, evaluations=[[3, 4]], rtol=0.1, atol=0.1) | made,
+    )
+    for metric, identity in (("loss", model.identity), ("encoding", model.identity), ("encoding", "another")):
+        report = dict(model=dict(workdir="x", step=model.step, identity=identity)) | {metric: measured[metric]}
+        (results / "report.json").write_text(json.dumps(report))
+        out = ok(program(tmp_path, *repack))
+    assert "--metrics=bpd" in out
+    assert "--metrics=loss" not in out
+    card = (folder / "card.md").read_text()
+    assert "Test loss 0.25000 +- 0.12500 (8 images)" in card
+    assert "RMS error 5.0e-01" in card
+    assert f"| identity | {model.identity}; of the run, in single precision," in card
+    assert (folder / "ema.npz").read_bytes() == parameters
+    refused = program(tmp_path, *repack, "--name=other")
+    assert refused.returncode == 2
+    assert "packed already" in refused.stderr
+
+
 def test_mistakes(box, tmp_path):
     """Another step, a damaged file, another network, training it further, no box: one line each."""
     folder = tmp_path / "fashion_mnist"
