@@ -3,7 +3,7 @@
     python train.py --config=configs/fashion_mnist_conditional.py
     python sample.py --label=7 --guidance=2.0
 
-1.8 M parameters; trained here for 2359 steps only (docs/studies.md), so no number to expect.
+1.4 M parameters; an earlier network was trained here for 2359 steps only (docs/studies.md), so no number to expect.
 """
 
 from configs import fashion_mnist
