@@ -80,6 +80,8 @@ def main():
     for text in STEPS.value or []:
         if not text.isdecimal() or int(text) < 1:
             raise UserError(f"--steps={text}: expected numbers of network evaluations, as in --steps=5,10")
+    for name in SOLVER.value or []:
+        experiments.check_solver(name)  # before the others have worked for hours
     chosen = {name: metrics[name] for name in METRICS.value}
     if CHECKPOINT.value is None:
         evaluate(experiments.open_model(WORKDIR.value), chosen)

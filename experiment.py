@@ -572,6 +572,12 @@ def shown(options: dict) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
 
 
+def check_solver(name: str):
+    """Refuse what is no few-step solver."""
+    if name not in SOLVERS:
+        raise UserError(f"unknown solver {name!r}: use one of {', '.join(SOLVERS)}, or in sample.py pc or ode")
+
+
 def check_options(solver: str, options: dict, known):
     """Refuse options that a solver does not have, by name."""
     for name in options:
@@ -622,8 +628,7 @@ def build_tableau(
         kind of model; sampling ends at no smaller t than the EMS do.
     guidance_scale: of the sampled model, if it is not the EMS' own.
     """
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}: use one of {', '.join(SOLVERS)}, or in sample.py pc or ode")
+    check_solver(solver)
     build = SOLVERS[solver]
     parameters = inspect.signature(build).parameters
     known = [name for name in parameters if name not in ("sde", "steps", "ems")]

@@ -138,7 +138,7 @@ def card(model, report: dict) -> str:
     """What the model is and how good it is, as far as that was measured."""
     folder, experiment, config = model.workdir, model.experiment, portable(model.experiment.config)
     made = packed.load(folder, experiment.params_template())[1]
-    log = made["training"]
+    log = made.get("training")  # a model may have been packed before this was kept
     height, width, channels = experiment.image_shape
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(model.params))
     facts = {

@@ -494,6 +494,7 @@ BAD = {
     "no metric": (EVALUATE + "--metrics=", "metric ''", "loss"),
     "one sample": (EVALUATE + "--num_samples=1", "num_samples", "1"),
     "steps that are no number": (EVALUATE + "--metrics=fid --steps=5,ten", "--steps=ten", "--steps=5,10"),
+    "one solver of two unknown": (EVALUATE + "--metrics=fid --solver=ddim,dmpv3", "'dmpv3'", "dpmv3"),
     "no evaluations to measure": (EVALUATE + "--metrics=fid --steps=0", "--steps=0", "--steps=5,10"),
     "unknown feature network": (EVALUATE + "--metrics=fid --network=vgg", "'vgg'", "inception"),
     "absent feature network": (EVALUATE + "--metrics=fid --network=none.npz", "none.npz"),

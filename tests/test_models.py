@@ -178,6 +178,8 @@ def test_patches_enter_and_leave_in_place():
         network, params, x, label = tiny(shape=(2, 4, 4, 12), **options)
         out = run(network.clone(patch_size=2), params, depth_to_space(x, 2), label)
         np.testing.assert_allclose(space_to_depth(out, 2), run(network, params, x, label), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="no networks on patches"):
+        to_torch(params["params"], network.clone(patch_size=2), (8, 8, 3))
     with pytest.raises(UserError, match="multiples of 4"):
         run(network.clone(patch_size=2), params, jnp.zeros((2, 6, 6, 3)), label)
 

@@ -136,7 +136,9 @@ def test_packed_again_without_its_run(box, tmp_path):
     """What is measured later comes to the card beside what was there; a report of another model does not."""
     folder, results = tmp_path / "pretrained/fashion_mnist", tmp_path / "runs/pretrained/fashion_mnist/eval"
     shutil.copytree(box / "pretrained", tmp_path / "pretrained")
-    parameters, model = (folder / "ema.npz").read_bytes(), experiments.open_model(str(folder))
+    model = experiments.open_model(str(folder))
+    packed.save(folder, model.params, dict(step=model.step, run="older"))  # nothing of its training, as once
+    parameters = (folder / "ema.npz").read_bytes()
     repack = ["pretrained.pack", "--workdir=pretrained/fashion_mnist"]
     results.mkdir(parents=True)
     made = dict(seed=0, seconds=1.0, command="evaluate.py", versions={})
@@ -153,7 +155,7 @@ def test_packed_again_without_its_run(box, tmp_path):
     card = (folder / "card.md").read_text()
     assert "Test loss 0.25000 +- 0.12500 (8 images)" in card
     assert "RMS error 5.0e-01" in card
-    assert f"| identity | {model.identity}; of the run, in single precision," in card
+    assert f"| identity | {model.identity}; of the run, in single precision, older |" in card
     assert (folder / "ema.npz").read_bytes() == parameters
     refused = program(tmp_path, *repack, "--name=other")
     assert refused.returncode == 2

@@ -45,6 +45,8 @@ def from_torch(state: Mapping[str, np.ndarray], network: nn.Module, image_shape:
 
 def to_torch(params: Mapping, network: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`. PyTorch must load the result with strict=False, as the official code does."""
+    if getattr(network, "patch_size", 1) > 1:  # networks of other families have no such option
+        raise UserError(f"patch_size = {network.patch_size}: the official code has no networks on patches to export to")
     names, _ = _torch_names(network, image_shape)
     flat = traverse_util.flatten_dict(params)
     return {name: _to_pytorch(path, np.asarray(flat[path])) for path, name in names.items()}

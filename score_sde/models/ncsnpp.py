@@ -67,7 +67,7 @@ class NCSNpp(nn.Module):
     Not in the official code: num_classes (class embedding, added to that of the noise level, as in Dhariwal & Nichol
     2021), dtype (of the computation), remat (recompute the blocks in the backward pass, to save memory), patch_size
     (each square of so many pixels enters and leaves as one pixel with its values as channels, as in Hoogeboom et al.,
-    "simple diffusion", 2023; heights above are then those after it): half the work of a small network, or less.
+    "simple diffusion", 2023, for the sake of speed; heights above are then those after it).
     """
 
     nf: int = 128
