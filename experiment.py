@@ -103,6 +103,9 @@ def _parse(argv):
     except UserError:
         raise
     except Exception as error:  # a config is anyone's code
+        flag = getattr(error, "flagname", "")
+        if flag.startswith("config.") and "config" in flags.FLAGS and not flags.FLAGS["config"].present:
+            raise UserError(f"--{flag} changes a field of a config, and none is given: add --config=FILE") from None
         file = next((argument for argument in argv if argument.lstrip("-").startswith("config=")), None)
         where = "" if file is None or isinstance(error, flags.Error) else f"{file}: {type(error).__name__}: "
         raise UserError(where + " ".join(str(error).replace("\\n", " ").split())) from None

@@ -238,6 +238,7 @@ METRICS = "metrics --dataset=digits --name=mine --image_size=8 --num_channels=1 
 BAD = {
     # flags and config files
     "nothing to train": ("train", "--config=configs/digits.py", "--workdir"),
+    "field without a config": ("train --workdir=runs/tiny --config.seed=9", "--config.seed", "--config=FILE"),
     "absent config": ("train --config=none.py", "none.py", "configs/digits.py"),
     "config is a folder": ("train --config=data", "data", "configs/digits.py"),
     "config of another type": ("train --config=text.txt", "text.txt"),
