@@ -43,10 +43,10 @@ COMPILATION_CACHE = flags.DEFINE_string("compilation_cache", None, f"Of compiled
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several; see docs/pods.md.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this program.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0 on.", lower_bound=0)
-# Fields by which a run may differ from the one it continues: they do not change what its parameters are.
+# Fields that a continued run may change: how it ends and how it is watched, nothing of what it did so far.
 FREE = (
-    *(f"training.{field}" for field in ("n_iters", "log_freq", "eval_freq", "checkpoint_freq", "keep_freq")),
-    *("training.accumulate", "training.non_finite"),
+    *(f"training.{field}" for field in ("n_iters", "cooldown", "accumulate", "non_finite")),
+    *(f"training.{field}_freq" for field in ("log", "eval", "checkpoint", "keep")),
 )
 REFUSALS = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "ENOTDIR", "EISDIR")  # of a disk, which its user can mend
 FREE_SECTIONS = ("sampling.", "ems.", "eval.")

@@ -53,6 +53,8 @@ def main():
         config.seed,
         ema_rate=fields.ema_rate,
         ema_warmup=fields.ema_warmup,
+        n_iters=fields.n_iters,
+        cooldown=fields.cooldown,
         accumulate=fields.accumulate,
         skip_non_finite=fields.non_finite == "skip",
     )

@@ -45,7 +45,10 @@ RULES = (
     (
         "at least 0",
         lambda value: 0 <= value < float("inf"),
-        ("optim.warmup", "optim.weight_decay", "optim.eps", "sampling.corrector_steps", "model.num_classes"),
+        (
+            *("optim.warmup", "optim.weight_decay", "optim.eps", "training.cooldown"),
+            *("sampling.corrector_steps", "model.num_classes"),
+        ),
     ),
     (
         "positive",
@@ -102,6 +105,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     config.training = training = ConfigDict()
     training.batch_size = 128  # over all devices
     training.n_iters = 1_300_000
+    training.cooldown = 0  # the last so many of them, during which the learning rate falls to nothing
     training.init = placeholder(str)  # a run or packed model whose averaged parameters it starts from; None: from seed
     training.continuous = not sde.startswith("discrete")  # times from a continuum, or from a chain's nodes
     training.t_min = 1e-5  # smallest time trained at

@@ -147,12 +147,16 @@ def make_step(
     *,
     ema_rate: float,
     ema_warmup: bool,
+    n_iters: int = 0,
+    cooldown: int = 0,
     accumulate: int = 1,
     skip_non_finite: bool = False,
 ) -> Callable:
     """(state, batches, first) -> (state, metrics): one step for each batch along the leading axis of `batches`.
 
     first: the number of the first batch; the state must have done that many steps.
+    cooldown: during the last so many of n_iters steps updates shrink linearly to nothing (Hägele et al. 2024, arXiv
+        2405.18392, section 3), beside whatever the optimizer does to its learning rate.
     accumulate: slices of a device's batch, equal in size, that pass the network one after another for the sake of
         memory; loss and gradient are their means, those of the whole batch up to rounding.
     skip_non_finite: an update whose loss or gradient norm is not finite is never applied. With it, that step counts as
@@ -172,6 +176,9 @@ def make_step(
         norm = optax.global_norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        if cooldown:
+            share = jnp.clip((n_iters - number) / cooldown, 0, 1)
+            updates = jax.tree.map(lambda update: share.astype(update.dtype) * update, updates)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, number + 1, rate=ema_rate, warmup=ema_warmup)
         applied = finite & (state.step == number)

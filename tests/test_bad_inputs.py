@@ -313,6 +313,7 @@ BAD = {
     "momentum of 1": (TRAIN + "--config.optim.beta1=1.0", "optim.beta1", "1"),
     "negative eps": (TRAIN + "--config.optim.eps=-1.0", "optim.eps", "-1"),
     "negative warm-up": (TRAIN + "--config.optim.warmup=-5", "optim.warmup", "-5"),
+    "negative cooldown": (TRAIN + "--config.training.cooldown=-5", "training.cooldown", "-5"),
     "negative decay": (TRAIN + "--config.optim.weight_decay=-0.1", "optim.weight_decay", "-0.1"),
     # data
     "unknown data set": (TRAIN + "--config.data.dataset=digit", "'digit'", "digits"),

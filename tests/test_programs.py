@@ -68,7 +68,8 @@ def test_a_run_that_starts_from_another(run, tmp_path):
     for path in [path for path in theirs if path[0] == "ema"]:
         np.testing.assert_array_equal(ours["state", "params", *path[1:]], theirs[path])
     shutil.rmtree(other)
-    assert "continuing at step 1" in ok(program("train", *new, "--config.training.n_iters=2"))
+    ending = ("--config.training.n_iters=2", "--config.training.cooldown=1")
+    assert "continuing at step 1" in ok(program("train", *new, *ending))
 
 
 def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
