@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configs import base
 from ems.statistics import EMS
-from score_sde import checkpoint, data, denoiser, files, guidance, models, packed, parallel, training
+from score_sde import checkpoint, data, denoiser, events, files, guidance, models, packed, parallel, training
 from score_sde.denoiser import NoiseFn
 from score_sde.errors import UserError
 from score_sde.models.classifier import CLASSIFIERS, logits_fn
@@ -512,6 +512,21 @@ def open_packed(folder: pathlib.Path, experiment: Experiment, step: int | None) 
         f"{size / 1e6:.2f} M parameters; {folder / 'card.md'} tells more"
     )
     return model
+
+
+START = "start.json"  # in a run folder: the history of the model whose parameters the run started from
+
+
+def history(model: Model) -> list[dict]:
+    """How a model came about, as far as its folder tells: its config and training, then those of what it began as."""
+    if packed.is_packed(model.workdir):
+        made = packed.load(model.workdir, model.experiment.params_template())[1]
+        log, before = made.get("training"), made.get("start", [])
+    else:
+        found, path = events.training(model.workdir / "tensorboard", model.step), model.workdir / START
+        log, before = found and found[0], json.loads(path.read_text()) if path.is_file() else []
+    about = dict(name=model.workdir.name, step=model.step, identity=model.identity, training=log)
+    return [about | dict(config=model.experiment.config.to_dict()), *before]
 
 
 def open_classifier(workdir: str, model: Model) -> Model:

@@ -6,6 +6,7 @@ python train.py --workdir=runs/digits
 python train.py --config=configs/digits.py --config.data.dataset=FOLDER --config.training.init=runs/digits --workdir=...
 """
 
+import json
 import pathlib
 import signal
 import time
@@ -17,7 +18,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import experiment as experiments
-from score_sde import checkpoint, data, figures, parallel, training
+from score_sde import checkpoint, data, figures, files, parallel, training
 from score_sde.errors import UserError
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
@@ -41,8 +42,10 @@ def main():
     share = dict(batch_size=fields.batch_size, seed=config.seed, **parallel.process())
     stream = data.Stream(experiment.images("train"), **share)
     held_out = data.Stream(experiment.images("test"), **share)
-    params = starting_params(experiment, workdir)
+    params, start = starting_params(experiment, workdir)
     experiments.claim_workdir(workdir, config)
+    if start is not None:
+        files.write(workdir / experiments.START, json.dumps(start, indent=2) + "\n")
 
     # ------------------------------------------------------------------------------ the state, new or resumed
     optimizer = training.make_optimizer(**config.optim)
@@ -151,11 +154,11 @@ def config_and_workdir():
 
 
 def starting_params(experiment, workdir):
-    """Those drawn from the seed; of a new run with training.init the averaged ones of that run or packed model."""
+    """Those drawn from the seed; of a new run with training.init the averaged ones of that model, and its history."""
     folder = experiment.config.training.init
     drawn = experiment.init_params(experiment.config.seed)
     if folder is None or checkpoint.Checkpoints(workdir).steps():
-        return drawn
+        return drawn, None
     model = experiments.open_model(folder, classifier=experiment.logits_of is not None)
     checkpoint.check_fit(folder, "params", checkpoint.layout(drawn), checkpoint.layout(model.params))
     theirs, ours = model.experiment.config.denoiser, experiment.config.denoiser
@@ -165,7 +168,7 @@ def starting_params(experiment, workdir):
                 f"{folder} was trained with denoiser.{field} {theirs[field]!r}, not {ours[field]!r}, so its parameters "
                 "mean something else: take its value, or start from the seed"
             )
-    return model.params
+    return model.params, experiments.history(model)
 
 
 def stream_identity(config, stream) -> str:

@@ -17,12 +17,13 @@ import pathlib
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 import experiment as experiments
 import model_statistics
 from ems import statistics
 from ems.statistics import EMS
-from score_sde import events, files, packed
+from score_sde import files, packed
 from score_sde import report as reports
 from score_sde.errors import UserError
 
@@ -72,10 +73,12 @@ def main():
 
 
 def pack(run, folder):
-    """The packed model of a run; what its training logged is kept with the parameters."""
+    """The packed model of a run; how that came about is kept with the parameters."""
     files.write(folder / "config.json", json.dumps(portable(run.experiment.config).to_dict(), indent=2) + "\n")
-    log = events.training(run.workdir / "tensorboard", run.step)
-    packed.save(folder, packed.rounded(run.params), dict(step=run.step, run=run.identity, training=log and log[0]))
+    own, *before = experiments.history(run)
+    before = [made | dict(config=portable(ConfigDict(made["config"])).to_dict()) for made in before]
+    kept = dict(step=run.step, run=run.identity, training=own["training"], start=before)
+    packed.save(folder, packed.rounded(run.params), kept)
     refuse_large(folder, [packed.NAME], EMA_BYTES, "parameters: pack a smaller network")
     return experiments.open_model(str(folder))
 
@@ -134,6 +137,13 @@ def training_command(config, name: str) -> str:
     return f"`python train.py --config=configs/{name}.py{overrides}`"
 
 
+def phrase(made: dict) -> str:
+    """What `experiment.history` tells of a model that another started from."""
+    hours = f" in {made['training']['hours']:.1f} hours" if made["training"] else ""
+    command = training_command(ConfigDict(made["config"]), made["name"])
+    return f"{made['identity']}, trained for {made['step']} steps{hours} by {command}"
+
+
 def card(model, report: dict) -> str:
     """What the model is and how good it is, as far as that was measured."""
     folder, experiment, config = model.workdir, model.experiment, portable(model.experiment.config)
@@ -153,6 +163,8 @@ def card(model, report: dict) -> str:
         facts["training loss"] = f"{log['loss']:.5f}, mean of the last {log['loss_values']} logged"
         if log["held_out_loss"] is not None:
             facts["test loss while training"] = f"{log['held_out_loss']:.5f}, averaged parameters, one batch"
+    if made.get("start"):
+        facts["started from"] = ", which started from ".join(map(phrase, made["start"]))
     facts["identity"] = f"{model.identity}; of the run, in single precision, {made['run']}"
     path = folder / "ems.npz"
     if path.exists():

@@ -61,6 +61,8 @@ def box(tmp_path_factory):
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), np.uint8)
     np.savez(folder / "garments.npz", train_images=images, test_images=images[:8])
     write_run(folder / "elsewhere", folder / "garments.npz")
+    history = experiments.history(experiments.open_model(str(folder / "elsewhere")))
+    (folder / "elsewhere" / experiments.START).write_text(json.dumps(history))
     pack = ["pretrained.pack", "--workdir=elsewhere", "--name=fashion_mnist"]
     missing = ok(program(folder, *pack))
     assert "python -m ems --workdir=pretrained/fashion_mnist" in missing
@@ -102,7 +104,12 @@ def test_what_is_packed(box):
         assert str(box) not in text
         assert "/somewhere" not in text
     assert str(box) not in json.dumps(kept.origin)
-    assert f"| identity | {model.identity};" in (folder / "card.md").read_text()
+    card = (folder / "card.md").read_text()
+    assert f"| identity | {model.identity};" in card
+    assert f"| started from | {run.identity}, trained for 5 steps by " in card
+    before = experiments.history(model)[1:]
+    assert [made["identity"] for made in before] == [run.identity]
+    assert str(box) not in json.dumps(before)
 
 
 def samples(path) -> np.ndarray:

@@ -67,6 +67,9 @@ def test_a_run_that_starts_from_another(run, tmp_path):
     theirs, ours = leaves(run, 8), leaves(fresh, 1)
     for path in [path for path in theirs if path[0] == "ema"]:
         np.testing.assert_array_equal(ours["state", "params", *path[1:]], theirs[path])
+    (begun,) = json.loads((fresh / "start.json").read_text())
+    assert (begun["name"], begun["step"], begun["training"]) == ("other", 8, None)  # 8 steps log nothing
+    assert begun["config"]["training"]["n_iters"] == 8
     shutil.rmtree(other)
     ending = ("--config.training.n_iters=2", "--config.training.cooldown=1")
     assert "continuing at step 1" in ok(program("train", *new, *ending))
