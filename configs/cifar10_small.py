@@ -20,6 +20,7 @@ def get_config():
     config.denoiser.label = "lam"
     config.training.batch_size = 64
     config.training.n_iters = 100_000
+    config.training.cooldown = 20_000
     # the noise levels at which images take shape, and structure rather than texture
     config.training.lam_normal = (0.8, 1.5)
     config.training.v_weighting = True
