@@ -48,6 +48,7 @@ FREE = (
     *(f"training.{field}" for field in ("n_iters", "cooldown", "accumulate", "non_finite")),
     *(f"training.{field}_freq" for field in ("log", "eval", "checkpoint", "keep")),
 )
+START = "start.json"  # in a run folder: the history of the model whose parameters the run started from
 REFUSALS = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "ENOTDIR", "EISDIR")  # of a disk, which its user can mend
 FREE_SECTIONS = ("sampling.", "ems.", "eval.")
 
@@ -514,19 +515,29 @@ def open_packed(folder: pathlib.Path, experiment: Experiment, step: int | None) 
     return model
 
 
-START = "start.json"  # in a run folder: the history of the model whose parameters the run started from
-
-
 def history(model: Model) -> list[dict]:
     """How a model came about, as far as its folder tells: its config and training, then those of what it began as."""
     if packed.is_packed(model.workdir):
         made = packed.load(model.workdir, model.experiment.params_template())[1]
         log, before = made.get("training"), made.get("start", [])
     else:
-        found, path = events.training(model.workdir / "tensorboard", model.step), model.workdir / START
-        log, before = found and found[0], json.loads(path.read_text()) if path.is_file() else []
+        found = events.training(model.workdir / "tensorboard", model.step)
+        log, before = found and found[0], read_start(model.workdir / START)
     about = dict(name=model.workdir.name, step=model.step, identity=model.identity, training=log)
     return [about | dict(config=model.experiment.config.to_dict()), *before]
+
+
+def read_start(path: pathlib.Path) -> list[dict]:
+    """The history that train.py wrote into a run's folder; empty for a run that started from its seed."""
+    if not path.exists():
+        return []
+    try:
+        before = json.loads(path.read_text())
+        for made in before:
+            made["name"], made["step"], made["identity"], made["training"], made["config"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is no history of a model ({data.one_line(error)}): delete it") from None
+    return before
 
 
 def open_classifier(workdir: str, model: Model) -> Model:

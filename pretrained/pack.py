@@ -84,11 +84,14 @@ def pack(run, folder):
 
 
 def portable(config):
-    """A config that names its data set, not where this machine keeps it."""
+    """A config that names its data set and the model it starts from, not where this machine keeps them."""
     config = config.copy_and_resolve_references()
     path = pathlib.Path(config.data.dataset)
     config.data.dataset = path.stem if path.is_absolute() or path.suffix else config.data.dataset
     config.data.data_dir = None
+    start = config.training.get("init")
+    if start is not None and pathlib.Path(start).is_absolute():
+        config.training.init = pathlib.Path(start).name
     return config
 
 
@@ -125,12 +128,12 @@ def evaluation(folder, metric: str) -> str:
     return f"python evaluate.py --workdir={folder} --metrics={metric}{more}"
 
 
-def training_command(config, name: str) -> str:
-    """The command that trains such a model: a config of this package and what differs from it."""
+def training_command(config, name: str) -> str | None:
+    """The command that trains such a model: a config of this package and what differs from it; None if it has none."""
     try:
         theirs = experiments.flat(importlib.import_module(f"configs.{name}").get_config())
     except ModuleNotFoundError:
-        return "that of config.json"
+        return None
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     changed = {
         field: value
@@ -144,7 +147,7 @@ def training_command(config, name: str) -> str:
 def phrase(made: dict) -> str:
     """What `experiment.history` tells of a model that another started from."""
     hours = f" in {made['training']['hours']:.1f} hours" if made["training"] else ""
-    command = training_command(ConfigDict(made["config"]), made["name"])
+    command = training_command(ConfigDict(made["config"]), made["name"]) or "a config that is not kept here"
     return f"{made['identity']}, trained for {made['step']} steps{hours} by {command}"
 
 
@@ -159,7 +162,7 @@ def card(model, report: dict) -> str:
         "images": f"{height}x{width}x{channels}, data set {config.data.dataset}",
         "SDE": f"{statistics.describe_sde(experiment.sde)}",
         "network": f"{config.model.name}, {size / 1e6:.2f} M parameters, half precision",
-        "trained by": training_command(config, folder.name),
+        "trained by": training_command(config, folder.name) or "that of config.json",
         "steps": f"{model.step} of the config's {config.training.n_iters}, batches of {config.training.batch_size}",
     }
     if log is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event
 
 
@@ -20,13 +21,18 @@ class Curve(NamedTuple):
 
 
 def records(path: pathlib.Path) -> Iterator[Event]:
-    """The whole records of a file; a killed writer may have left part of one at its end."""
+    """The whole records of a file up to a damaged one; a killed writer may have left part of one at its end."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        while len(head := file.read(12)) == 12:
-            body = file.read(struct.unpack("<Q", head[:8])[0])
+        while len(head := file.read(12)) == 12 and (length := struct.unpack("<Q", head[:8])[0]) <= size:
+            body = file.read(length)
             if len(file.read(4)) < 4:
                 return
-            yield Event.FromString(body)
+            try:
+                event = Event.FromString(body)
+            except DecodeError:
+                return
+            yield event
 
 
 def scalars(folder: pathlib.Path, last_step: int) -> tuple[dict[str, Curve], float]:

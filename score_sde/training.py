@@ -176,7 +176,7 @@ def make_step(
         norm = optax.global_norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        if cooldown:
+        if cooldown:  # not in the optimizer's schedule: a continued run may set it, and its opt_state stays what it was
             share = jnp.clip((n_iters - number) / cooldown, 0, 1)
             updates = jax.tree.map(lambda update: share.astype(update.dtype) * update, updates)
         params = optax.apply_updates(state.params, updates)

@@ -40,6 +40,7 @@ def write_run(workdir, dataset, change=lambda params: params) -> dict:
         config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
         config.data.dataset = str(dataset)
         config.data.data_dir = "/somewhere"
+        config.training.init = "/somewhere/older"
         config.ems.update(nodes=22, num_data=16, batch_size=8)
         config.sampling.update(num_samples=4, batch_size=4)
     experiments.claim_workdir(workdir, config)
@@ -192,6 +193,10 @@ def test_mistakes(box, tmp_path):
         experiments.open_model(str(folder))
     with pytest.raises(UserError, match="beyond"):
         packed.rounded({"a": np.full(3, 1e6, np.float32)})
+    for damaged in ("{", "[3]", '[{"name": "older"}]'):
+        (tmp_path / "start.json").write_text(damaged)
+        with pytest.raises(UserError, match="is no history of a model"):
+            experiments.read_start(tmp_path / "start.json")
     (tmp_path / "empty").mkdir()
     refused = program(tmp_path / "empty", "sample", "--solver=ddim")
     assert refused.returncode == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -65,6 +66,20 @@ def test_a_killed_writer_loses_its_last_record_alone(tmp_path, cut):
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-cut])
     np.testing.assert_array_equal(events.scalars(tmp_path, 9)[0]["loss"].values, np.arange(9))
+
+
+@pytest.mark.parametrize(
+    "damage", [np.full(40, 255, np.uint8).tobytes(), struct.pack("<QI", 40, 0) + bytes([255] * 44)]
+)
+def test_damage_ends_what_is_read(tmp_path, damage):
+    """A length beyond the file; a record that is no event."""
+    with SummaryWriter(str(tmp_path)) as board:
+        for step in range(10):
+            board.add_scalar("loss", step, step)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes() + damage)
+    curves, _ = events.scalars(tmp_path, 9)
+    np.testing.assert_array_equal(curves["loss"].values, np.arange(10))
 
 
 # -- Adding up --
