@@ -27,7 +27,7 @@ from configs import base
 from ems.statistics import EMS
 from score_sde import checkpoint, data, denoiser, events, files, guidance, models, packed, parallel, training
 from score_sde.denoiser import NoiseFn
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.models.classifier import CLASSIFIERS, logits_fn
 from score_sde.sde import SDE, SDES
 from solvers import SOLVERS, predictor_corrector, tableau
@@ -373,7 +373,7 @@ def checked_network(experiment: Experiment) -> Experiment:
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(
             f"no network with {shown(experiment.config.model.to_dict())} takes images of {experiment.image_shape}: "
-            f"{data.one_line(error)}"
+            f"{one_line(error)}"
         ) from None
     return experiment
 
@@ -424,7 +424,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     try:
         config = ConfigDict(json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is not a config: {data.one_line(error)}: restore what train.py wrote") from None
+        raise UserError(f"{path} is not a config: {one_line(error)}: restore what train.py wrote") from None
     check_fields(config, str(path))
     for section in ("seed", "sde", "model"):
         if section not in config:
@@ -536,7 +536,7 @@ def read_start(path: pathlib.Path) -> list[dict]:
         for made in before:
             made["name"], made["step"], made["identity"], made["training"], made["config"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is no history of a model ({data.one_line(error)}): delete it") from None
+        raise UserError(f"{path} is no history of a model ({one_line(error)}): delete it") from None
     return before
 
 

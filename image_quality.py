@@ -14,7 +14,7 @@ import numpy as np
 import experiment as experiments
 import model_statistics
 from score_sde import data, files, parallel
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.metrics import distances, features, inception
 
 
@@ -102,7 +102,7 @@ def given_images(config, path: pathlib.Path) -> data.Images:
         try:
             arrays = files.load_npz(path, ("samples", "images"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable .npz: {data.one_line(error)}") from None
+            raise UserError(f"{path} is not a readable .npz: {one_line(error)}") from None
         if not arrays:
             raise UserError(f"{path} holds neither `samples` nor `images`")
         raw = data.from_arrays(next(iter(arrays.values())), None, str(path))

@@ -16,7 +16,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 from score_sde import parallel
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.training import State
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             full = "RESOURCE_EXHAUSTED" in str(error)
-            reason = "the disk is full" if full else " ".join(str(error).split())[:200]
+            reason = "the disk is full" if full else one_line(error)
             raise UserError(
                 f"cannot write a checkpoint to {self.folder}: {reason}: free some space, continue from the last one"
             ) from None
@@ -167,7 +167,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = " ".join(str(error).split())[:150]
+            reason = one_line(error, 150)
             raise Damaged(
                 f"checkpoint {folder} is damaged ({reason}): take another step, or name none for the last whole one"
             ) from None

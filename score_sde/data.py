@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from score_sde import files
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` refuses them by name
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -296,11 +296,6 @@ def decode(encoded: bytes | Path, where: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types, some of them plain Exception's children
         raise UserError(f"{where} is not a readable image: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message, without line breaks and of bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------- sources

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from score_sde import parallel
+from score_sde.errors import one_line
 
 
 @contextlib.contextmanager
@@ -65,7 +66,7 @@ def load_npz(path, names: Collection[str] | None = None) -> dict[str, np.ndarray
                         left -= member.file_size
                         arrays[name] = _array(archive, member, left)
         except Exception as error:  # zipfile, zlib and NumPy raise many types on a damaged file
-            raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+            raise ValueError(one_line(error)) from None
     return arrays
 
 

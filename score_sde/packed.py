@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from score_sde import checkpoint, files
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 
 NAME = "ema.npz"
 
@@ -50,7 +50,7 @@ def load(folder, template) -> tuple[dict, dict]:
         if checkpoint.identity(params) != provenance["identity"]:
             raise ValueError("its arrays are not what was packed")
     except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
-        told = " ".join(str(error).split())[:100]
+        told = one_line(error, 100)
         raise UserError(f"{path} holds no packed model ({told}): pack it again, python -m pretrained.pack") from None
     if checkpoint.layout(params) != checkpoint.layout(template):
         raise UserError(f"{path} does not fit the network of config.json beside it: pack both again")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 
 AXIS = "devices"
 HEARTBEAT_SECONDS = 30  # after so long without a sign of life a process counts as dead, and the others end
@@ -47,7 +47,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         )
     except (ValueError, RuntimeError, OSError, IndexError) as error:
         raise UserError(
-            f"cannot join the other processes at {coordinator}: {' '.join(str(error).split())[:200]}: give each the "
+            f"cannot join the other processes at {coordinator}: {one_line(error)}: give each the "
             "--coordinator=HOST:PORT of process 0, --num_processes, and --process_id from 0 on"
         ) from None
     if jax.device_count() != jax.process_count() * jax.local_device_count():
@@ -112,7 +112,7 @@ def together():
         if alone() or not any(sign in str(error) for sign in signs):
             raise
         print(
-            f"error: process {jax.process_index()} lost another process ({' '.join(str(error).split())[:150]}): "
+            f"error: process {jax.process_index()} lost another process ({one_line(error, 150)}): "
             "start all again, what was saved is continued",
             file=sys.stderr,
             flush=True,

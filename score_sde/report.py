@@ -8,7 +8,7 @@ seed, seconds, command and versions of the call that did. "fid" is a list of res
 import json
 import pathlib
 
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 
 # What tells two results of "fid" apart; a result that agrees in all takes the place of the earlier one.
 ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
@@ -23,7 +23,7 @@ def read(folder: pathlib.Path) -> dict | None:
         report = json.loads(path.read_text())
         report["model"]["identity"], report["model"]["step"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is no report ({' '.join(str(error).split())[:80]}): delete it") from None
+        raise UserError(f"{path} is no report ({one_line(error, 80)}): delete it") from None
     # before results told of the call that made them, they did not add up
     return report if "command" not in report else {"model": report["model"]}
 

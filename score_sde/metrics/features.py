@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde import files, parallel
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.metrics import distances, inception, resnet
 from score_sde.metrics.distances import Gaussian
 
@@ -203,7 +203,7 @@ def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
         n = int(arrays["n"]) if "n" in arrays else None
         features = np.asarray(arrays["features"], np.float32) if "features" in arrays else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        told = "no mu and sigma" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
+        told = "no mu and sigma" if isinstance(error, KeyError) else one_line(error, 100)
         raise UserError(f"{path} is no file of statistics ({told}): expected an .npz with mu and sigma") from None
     size = (network.dimension,)
     if mean.shape != size or covariance.shape != size * 2:

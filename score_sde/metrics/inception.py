@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde import files
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.importers.foreign import read_checkpoint
 
 SIZE = 299
@@ -276,7 +276,7 @@ def download(folder: pathlib.Path) -> pathlib.Path:
                 raise OSError("what came has another SHA-256")
     except OSError as error:
         raise UserError(
-            f"cannot download the Inception weights ({' '.join(str(error).split())[:100]}): fetch {URL} elsewhere and "
+            f"cannot download the Inception weights ({one_line(error, 100)}): fetch {URL} elsewhere and "
             "give --inception_weights=PATH, or use a local network (resnet20-...)"
         ) from None
     return path

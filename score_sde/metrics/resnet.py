@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from score_sde import files
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 
@@ -70,7 +70,7 @@ def load(path: str | os.PathLike) -> tuple[dict, dict, str]:
         provenance = json.loads(str(arrays.pop("provenance")))
         shapes = _shapes(tuple(provenance["image_shape"]), provenance["num_classes"])
     except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
-        raise UserError(f"{path} holds no weights of a ResNet-20: {' '.join(str(error).split())[:100]}") from None
+        raise UserError(f"{path} holds no weights of a ResNet-20: {one_line(error, 100)}") from None
     if {name: array.shape for name, array in arrays.items()} != shapes:
         raise UserError(f"{path} holds no weights of a ResNet-20: its arrays have other names or shapes")
     if any(array.dtype.kind != "f" or not np.isfinite(array).all() for array in arrays.values()):
