@@ -63,6 +63,18 @@ def nodes_at(sde: SDE, t: np.ndarray, lam: np.ndarray) -> Nodes:
     return Nodes(t, lam, sde.alpha(t), sde.sigma(t), dt, sde.drift(t) * dt, c, -2 * c * (1 - c))
 
 
+def pairwise_sum(values):
+    """Sum over the leading axis, by halves: of n values, none goes through more than log2(n) + 1 roundings.
+
+    In which order `sum` and `einsum` add is the device's choice; one value after the other, the roundings of float32
+    come to exceed what is left where f does not vary. And products by `einsum` may be rounded to bfloat16 on a TPU.
+    """
+    while len(values) > 1:
+        half = len(values) // 2
+        values = jnp.concatenate([values[:half] + values[half : 2 * half], values[2 * half :]])
+    return values[0]
+
+
 def batch_moments(noise: Callable, node: Nodes, x0, z, v, *condition) -> Moments:
     """The moments of one batch at one node (scalar fields), from one network evaluation and two tangents.
 
@@ -83,10 +95,10 @@ def batch_moments(noise: Callable, node: Nodes, x0, z, v, *condition) -> Moments
 
     w, *triple = jax.vmap(of_example)(node.alpha * x0 + node.sigma * z, v, *condition)
     triple = jnp.stack(triple, axis=1)
-    mean = triple.mean(0)
+    mean = pairwise_sum(triple) / len(x0)
     deviation = triple - mean[None]
-    second = jnp.einsum("bi...,bj...->ij...", deviation, deviation)
-    return Moments(jnp.asarray(len(x0), w.dtype), w.mean(0), mean, second)
+    second = pairwise_sum(deviation[:, :, None] * deviation[:, None, :])
+    return Moments(jnp.asarray(len(x0), w.dtype), pairwise_sum(w) / len(x0), mean, second)
 
 
 def draws(key, index, node_index, shape, dtype=jnp.float32):

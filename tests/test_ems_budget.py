@@ -1,6 +1,7 @@
 """What EMS cost and how exact they are: standard errors, whether K suffices, memory, machines, guidance, other data."""
 
 import functools
+import math
 import tracemalloc
 
 import jax
@@ -180,11 +181,19 @@ def test_measurements_that_do_not_add_up_are_refused(change, words):
 # ------------------------------------------------------------------------------------------------ constant f
 
 
-def test_where_f_is_constant_s_is_zero_in_float32(x64):
+@pytest.mark.parametrize("n", [1, 2, 7, 4096, 100_001])
+def test_pairwise_sum_holds_its_bound(n):
+    values = np.random.default_rng(0).uniform(size=(n, 3)).astype(np.float32)
+    total, exact = jax.jit(estimate.pairwise_sum)(values), values.sum(0, dtype=np.float64)
+    assert (np.abs(total - exact) <= (math.log2(n) + 1) * estimate.EPSILON / 2 * exact).all()
+
+
+@pytest.mark.parametrize("batch", [64, 250])
+def test_where_f_is_constant_s_is_zero_in_float32(x64, batch):
     """Gaussian pixels beside those of the mixture, in float32: those have s = 0, not a quotient of roundings."""
     sde, mixture = sde_lib.VP(), Mixture.reference()
     flat, live = gaussian_noise(sde), mixture.noise_fn(sde)
-    node, x0 = estimate.nodes(sde, 12), mixture.sample("constant", 64)
+    node, x0 = estimate.nodes(sde, 12), mixture.sample("constant", batch)
     left = jnp.arange(8)[None, None, :, None] < 4
 
     def noise(x, t):
@@ -192,7 +201,7 @@ def test_where_f_is_constant_s_is_zero_in_float32(x64):
         return jnp.where(left, flat(x, t), live(x, t)).astype(np.float32)
 
     def ems(noise):
-        args = np.arange(13), jax.random.key(0), jnp.asarray(x0), np.arange(64)
+        args = np.arange(13), jax.random.key(0), jnp.asarray(x0), np.arange(batch)
         measured = jax.jit(functools.partial(estimate.measure, noise))(node, *args)
         return estimate.statistics(node, moments.merge(measured, moments.Moments.zeros((13,), x0.shape[1:])), {})
 
