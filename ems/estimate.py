@@ -26,7 +26,7 @@ import numpy as np
 
 from ems.moments import BLOCKS, Moments, jackknife, merge, union
 from ems.statistics import EMS
-from score_sde import files
+from score_sde import files, parallel
 from score_sde.errors import UserError
 from score_sde.sde import SDE, derivative
 
@@ -108,6 +108,7 @@ def draws(key, index, node_index, shape, dtype=jnp.float32):
     return jax.random.normal(noise_key, shape, dtype), jax.random.rademacher(sign_key, shape, dtype)
 
 
+@parallel.full_precision  # at large noise f is the small difference of large numbers
 def measure(noise: Callable, node: Nodes, node_index, key, x0, index, *condition) -> Moments:
     """The moments of a batch x0 (B, H, W, C) of examples numbered `index` (B,), at a chunk of nodes (M,): (M, ...).
 

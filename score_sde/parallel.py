@@ -6,6 +6,7 @@ take the same decisions, and the first process alone writes.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -150,6 +151,20 @@ def agreed(number: int) -> int:
 def pmap(function: Callable, **options) -> Callable:
     """jax.pmap over all devices, with the axis that `mean` averages over."""
     return jax.pmap(function, axis_name=AXIS, **options)
+
+
+def full_precision(function: Callable) -> Callable:
+    """The function with all its products of float32 in float32, where by default a TPU takes bfloat16, a GPU TF32.
+
+    For what does not survive those: steps under error control, small differences of large numbers, figures to cite.
+    """
+
+    @functools.wraps(function)
+    def precise(*args, **options):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **options)
+
+    return precise
 
 
 def mean(x):

@@ -42,6 +42,7 @@ class Run(NamedTuple):
     finished: jax.Array  # () bool
 
 
+@parallel.full_precision  # rounded to bfloat16, the field would seem to turn, and steps shrink without end
 def solve(
     noise: NoiseFn,
     sde: SDE,
@@ -75,6 +76,7 @@ def solve(
     return x, run._replace(evaluations=run.evaluations + 1)
 
 
+@parallel.full_precision
 def log_likelihood(
     noise: NoiseFn, sde: SDE, x, probes, *, rtol: float, atol: float, t_min: float | None = None
 ) -> tuple[jax.Array, jax.Array, Run]:
