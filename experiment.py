@@ -333,15 +333,7 @@ def build(config: ConfigDict) -> Experiment:
         raise UserError("training.lam_normal draws times from a continuum: expected None unless training.continuous")
     if config.training.likelihood_weighting and (config.training.lam_normal or config.training.v_weighting):
         raise UserError("training.likelihood_weighting: expected no training.lam_normal or v_weighting beside it")
-    noise_levels = {k: v for k, v in config.sde.items() if k in ("sigma_min", "sigma_max")}
-    network = construct(
-        models.MODELS,
-        config.model,
-        "network",
-        centered=config.data.centered,
-        num_scales=fields.num_scales,
-        **noise_levels,
-    )
+    network = build_network(config)
 
     def noise_of(params, y=None, dropout_keys=None) -> NoiseFn:
         y = y if config.model.get("num_classes") else None
@@ -349,6 +341,19 @@ def build(config: ConfigDict) -> Experiment:
         return denoiser.noise_fn(apply, sde, output=fields.output, label=fields.label, num_scales=fields.num_scales)
 
     return checked_network(Experiment(config, sde, network, noise_of))
+
+
+def build_network(config: ConfigDict):
+    """The network of a config, a flax Module, not tried on anything yet."""
+    noise_levels = {k: v for k, v in config.sde.items() if k in ("sigma_min", "sigma_max")}
+    return construct(
+        models.MODELS,
+        config.model,
+        "network",
+        centered=config.data.centered,
+        num_scales=config.denoiser.num_scales,
+        **noise_levels,
+    )
 
 
 def build_sde(config: ConfigDict) -> SDE:

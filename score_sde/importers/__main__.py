@@ -82,11 +82,11 @@ def fitting_configs(convert: Callable, params: dict) -> list[str]:
         config = module.get_config()
         if config.model.name in CLASSIFIERS:
             continue
-        network = (str(config.model), config.data.image_size, config.data.num_channels, config.denoiser.num_scales)
+        shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
+        network = (str(config.model), shape, config.denoiser.num_scales)
         if network not in verdicts:
-            experiment = experiments.build(config)
             try:
-                convert(params, experiment.network, experiment.image_shape)
+                convert(params, experiments.build_network(config), shape)
                 verdicts[network] = True
             except UserError:
                 verdicts[network] = False
