@@ -219,8 +219,7 @@ class Experiment(NamedTuple):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        size = self.config.data.image_size
-        return (size, size, self.config.data.num_channels)
+        return image_shape(self.config)
 
     def init_params(self, seed: int):
         """Parameters before training."""
@@ -341,6 +340,11 @@ def build(config: ConfigDict) -> Experiment:
         return denoiser.noise_fn(apply, sde, output=fields.output, label=fields.label, num_scales=fields.num_scales)
 
     return checked_network(Experiment(config, sde, network, noise_of))
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(H, W, C) of a config's images."""
+    return (config.data.image_size, config.data.image_size, config.data.num_channels)
 
 
 def build_network(config: ConfigDict):

@@ -67,7 +67,7 @@ def pairwise_sum(values):
     """Sum over the leading axis, by halves: of n values, none goes through more than log2(n) + 1 roundings.
 
     In which order `sum` and `einsum` add is the device's choice; one value after the other, the roundings of float32
-    come to exceed what is left where f does not vary. And products by `einsum` may be rounded to bfloat16 on a TPU.
+    come to exceed what is left where f does not vary.
     """
     while len(values) > 1:
         half = len(values) // 2

@@ -82,15 +82,16 @@ def fitting_configs(convert: Callable, params: dict) -> list[str]:
         config = module.get_config()
         if config.model.name in CLASSIFIERS:
             continue
-        shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
-        network = (str(config.model), shape, config.denoiser.num_scales)
-        if network not in verdicts:
+        shape = experiments.image_shape(config)
+        key = (str(config.model), shape, config.denoiser.num_scales)
+        if key not in verdicts:
+            network = experiments.build_network(config)
             try:
-                convert(params, experiments.build_network(config), shape)
-                verdicts[network] = True
+                convert(params, network, shape)
+                verdicts[key] = True
             except UserError:
-                verdicts[network] = False
-        if verdicts[network]:
+                verdicts[key] = False
+        if verdicts[key]:
             fitting.append(str(path.relative_to(folder.parent)))
     return fitting
 

@@ -95,7 +95,7 @@ def extract(network: FeatureNetwork, batches: Iterable[np.ndarray]) -> Iterator[
 
     Every batch is filled up to the size of the first, so that one program is compiled, and cut again.
     """
-    on_devices = parallel.pmap(parallel.full_precision(network.apply))
+    on_devices = parallel.full_precision(parallel.pmap(network.apply))
     params, size = parallel.replicate(network.params), None
     for images in batches:
         images = as_channels(images, network)
