@@ -21,6 +21,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -33,7 +34,7 @@ from ems import statistics
 from score_sde import VERSION, checkpoint, data, events, figures, files, parallel
 from score_sde import report as reports
 from score_sde.errors import UserError
-from solvers import probability_flow, tableau
+from solvers import probability_flow
 from solvers.dpm_solver import dpm_solver_pp
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
@@ -105,7 +106,9 @@ def evaluate(model, metrics: dict, name: str = ".") -> dict:
     report = earlier(model, folder)
     versions = dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0])
     for metric, measure in metrics.items():
-        ways = sampling_ways(model) if metric == "fid" else [()]
+        ways = [()]
+        if metric == "fid":
+            ways, measure = sampling_ways(model), measure(model)
         for way in ways:
             began = time.perf_counter()
             result = measure(model, folder, *way)
@@ -190,7 +193,7 @@ def convergence(model, folder) -> dict:
     experiment, fields = model.experiment, model.experiment.config.eval
     n = parallel.round_up(fields.num_samples)
     sample = experiments.sampler(model, lambda params, *_: experiment.noise_of(params), SEED.value)
-    solve = lambda table: sample(tableau.uniform(table, 4, experiment.image_shape), np.arange(n))
+    solve = lambda table: sample(table, np.arange(n))
 
     ems = model_statistics.ems_of(model, EMS.value)
     fine, coarser = (
@@ -219,7 +222,8 @@ def sampling_ways(model) -> list[tuple[str, int]]:
 def sample_grid(model, folder) -> dict:
     """A picture of the first samples, as many as the config's batches have."""
     solver, steps = sampling_ways(model)[0]
-    images_of, _, options, n = image_quality.drawer(model, solver, steps, SEED.value, EMS.value)
+    sample = experiments.sampler(model, model.experiment.noise_of, SEED.value)
+    images_of, _, options, n = image_quality.drawer(model, sample, solver, steps, EMS.value)
     figures.save_grid(folder / "samples.png", images_of(0, n)[:256])
     return dict(solver=solver, steps=steps, options=options, num_samples=min(n, 256))
 
@@ -316,18 +320,21 @@ def feature_network(config):
     )
 
 
-def sample_quality(model, folder, solver: str, steps: int) -> dict:
-    """Distances of --num_samples samples to the training images, in the features of a network; resumes if stopped."""
-    return image_quality.of_samples(
-        model,
-        feature_network(model.experiment.config),
-        solver=solver,
-        steps=steps,
+def sample_quality(model) -> Callable:
+    """(model, folder, solver, steps) -> distances of --num_samples samples to the training images; resumes if stopped.
+
+    Sampler and feature network are compiled once for all solvers and numbers of steps.
+    """
+    network = feature_network(model.experiment.config)
+    sample = experiments.sampler(model, model.experiment.noise_of, SEED.value)
+    return functools.partial(
+        image_quality.of_samples,
+        sample=sample,
+        network=network,
         n=NUM_SAMPLES.value,
         seed=SEED.value,
         ems_path=EMS.value,
         reference_path=REFERENCE.value,
-        folder=model.results / "eval",
     )
 
 

@@ -42,13 +42,17 @@ def feature_network(
     return network
 
 
-def drawer(model, solver: str, steps: int, seed: int, ems_path: str | None) -> tuple[Callable, object, dict, int]:
-    """((start, stop) -> the samples of these numbers as uint8, the solver's table, its options, the batch size)."""
+def drawer(
+    model, sample: Callable, solver: str, steps: int, ems_path: str | None
+) -> tuple[Callable, object, dict, int]:
+    """((start, stop) -> the samples of these numbers as uint8, the solver's table, its options, the batch size).
+
+    sample: `experiment.sampler` of the model.
+    """
     experiment = model.experiment
     ems = model_statistics.ems_of(model, ems_path) if solver == "dpmv3" else None
     table, options = experiments.build_tableau(model, solver, steps, ems)
     batch_size = parallel.round_up(experiment.config.sampling.batch_size)
-    sample = experiments.sampler(model, experiment.noise_of, seed)
 
     def images_of(start, stop):
         x = sample(table, np.arange(start, start + batch_size))
@@ -61,18 +65,22 @@ def drawer(model, solver: str, steps: int, seed: int, ems_path: str | None) -> t
 
 def of_samples(
     model,
-    network,
-    *,
+    folder,
     solver: str,
     steps: int,
+    *,
+    sample: Callable,
+    network,
     n: int,
     seed: int,
     ems_path: str | None,
     reference_path: str | None,
-    folder,
 ) -> dict:
-    """Distances of the model's first n samples to the training images; finished batches stay in `folder`."""
-    images_of, table, options, batch_size = drawer(model, solver, steps, seed, ems_path)
+    """Distances of the model's first n samples to the training images; finished batches stay in eval/.
+
+    sample: `experiment.sampler` of the model and this seed.
+    """
+    images_of, table, options, batch_size = drawer(model, sample, solver, steps, ems_path)
     arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
     identity = features.fingerprint(model.identity, solver, arrays, seed, network.identity())
     found = features.measure(
@@ -80,7 +88,7 @@ def of_samples(
         images_of,
         n,
         batch_size=batch_size,
-        folder=folder / f"step{model.step}-{solver}-{steps}-seed{seed}-{identity}",
+        folder=model.results / "eval" / f"step{model.step}-{solver}-{steps}-seed{seed}-{identity}",
         progress=functools.partial(experiments.progress, desc=f"samples by {solver}", unit="batch"),
     )
     result = compared(model.experiment, network, found, reference_path)

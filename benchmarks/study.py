@@ -24,7 +24,6 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Repeats with other noise.", lower_boun
 NETWORK = flags.DEFINE_string("network", None, "Weights of the feature network; those of the data set if absent.")
 
 FOLDER = experiments.RUNS / "benchmarks"
-HISTORY = 4  # of nearly every solver compared; their tables of one length then share one compiled program
 BATCH = 256  # samples at a time
 
 
@@ -44,7 +43,6 @@ def from_noises(model: experiments.Model, seed: int, n: int) -> Callable:
     sample = experiments.sampler(model, experiment.noise_of, seed)
 
     def solve(table: tableau.Tableau) -> np.ndarray:
-        table = tableau.uniform(table, max(HISTORY, table.history), experiment.image_shape)
         return np.concatenate([sample(table, np.arange(i, i + size)) for i in range(0, n, size)])[:n]
 
     return solve

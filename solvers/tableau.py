@@ -109,10 +109,15 @@ def denoised(tableau: Tableau, sde: SDE, t_end: float) -> Tableau:
     return jax.tree.map(lambda rows, row: np.concatenate([rows, row]), tableau, last)
 
 
+def lengthened(tableau: Tableau, rows: int) -> Tableau:
+    """The same solver with rows of zeros after its own, for `solve` to leave out."""
+    return jax.tree.map(lambda table: np.pad(table, [(0, rows - len(table)), *[(0, 0)] * (table.ndim - 1)]), tableau)
+
+
 def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
     """The same solver with its history padded by zeros and its coefficients spread over images of `shape` (H, W, C).
 
-    Tableaux made uniform, of equal length, share one compiled `solve`.
+    Tableaux made uniform, of equal length, share one compiled `solve`; `lengthened` makes them of equal length.
     """
     padding = np.zeros((len(tableau.t), history - tableau.history, *tableau.l.shape[1:]))
     pad = lambda table: np.concatenate([table[:, :-1], padding, table[:, -1:]], axis=1)
@@ -125,10 +130,12 @@ def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
     )
 
 
-def solve(noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None):
+def solve(noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None, evaluations=None):
     """Integrate from x (B, H, W, C) at the tableau's first time to its end: (B, H, W, C) after len(t) evaluations.
 
     draw: i -> (B, H, W, C), the i-th standard normal draw; a tableau without noise makes none.
+    evaluations: () how many rows are carried out, all of them if None; solvers of any length then share a program,
+        which has no derivative in reverse mode.
     Pure and jittable, with the tableau as an argument: another solver of the same shape does not recompile.
     """
     tableau = jax.tree.map(lambda table: jnp.asarray(table, x.dtype), tableau)
@@ -147,5 +154,8 @@ def solve(noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None):
         return (base, x, past), None
 
     past = (jnp.zeros_like(x),) * tableau.history
-    (_, x, _), _ = jax.lax.scan(step, (x, x, past), (jnp.arange(len(tableau.t)), tableau))
-    return x
+    rows = jnp.arange(len(tableau.t)), tableau
+    if evaluations is None:
+        return jax.lax.scan(step, (x, x, past), rows)[0][1]
+    row = lambda i: jax.tree.map(lambda table: table[i], rows)
+    return jax.lax.fori_loop(0, evaluations, lambda i, carry: step(carry, row(i))[0], (x, x, past))[1]

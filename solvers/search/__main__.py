@@ -22,7 +22,6 @@ import experiment as experiments
 import model_statistics
 from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
-from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
 from solvers.grids import GRIDS
 from solvers.search import CHOICES, descend
@@ -102,7 +101,7 @@ def distance_to_fine(model, seed: int):
     experiment = model.experiment
     index = np.arange(parallel.round_up(NOISES.value))
     sample = experiments.sampler(model, lambda params, *_: experiment.noise_of(params), seed)
-    solve = lambda table: sample(tableau.uniform(table, max(4, table.history), experiment.image_shape), index)
+    solve = lambda table: sample(table, index)
     fine = solve(dpm_solver_pp(experiment.sde, experiment.config.eval.fine_steps, order=2))
     return lambda table: experiments.rms(solve(table) - fine)
 
