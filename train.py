@@ -3,6 +3,7 @@
 python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.training.n_iters=1000]
 python train.py --config=configs/classifier/digits.py       at its end, accuracy on test images by noise level
 python train.py --workdir=runs/digits
+python train.py --config=configs/digits.py --minutes=5      training.n_iters becomes what is done in that time
 python train.py --config=configs/digits.py --config.data.dataset=FOLDER --config.training.init=runs/digits --workdir=...
 """
 
@@ -25,10 +26,14 @@ from solvers.dpm_solver import dpm_solver_pp
 
 CONFIG = experiments.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the config> if absent.")
+MINUTES = flags.DEFINE_float(
+    "minutes", None, "Train for about so long, the cooldown included: sets training.n_iters by the pace.", lower_bound=0
+)
 
 
 def main():
     # ------------------------------------------------------------------------------ what to train, and where
+    began = time.monotonic()
     config, workdir = config_and_workdir()
     experiment = experiments.build(config)
     fields = config.training
@@ -56,15 +61,14 @@ def main():
         config.seed,
         ema_rate=fields.ema_rate,
         ema_warmup=fields.ema_warmup,
-        n_iters=fields.n_iters,
         cooldown=fields.cooldown,
         accumulate=fields.accumulate,
         skip_non_finite=fields.non_finite == "skip",
     )
     step_on_devices = parallel.pmap(
-        lambda state, batches, first, signal: (*steps(state, batches, first), parallel.largest(signal)),
-        in_axes=(0, 0, None, 0),
-        donate_argnums=0,
+        lambda signal, *inputs: (*steps(*inputs), parallel.largest(signal)),
+        in_axes=(0, 0, 0, None, None),
+        donate_argnums=1,
     )
     held_out_loss = parallel.pmap(
         lambda ema, batch, step: parallel.mean(
@@ -86,7 +90,7 @@ def main():
     state = parallel.replicate(state)
 
     # ------------------------------------------------------------------------------ the loop
-    caught, stopped = catch_stop_signals(), 0
+    caught, stopped, windows = catch_stop_signals(), 0, 0  # the first window of the log has compiled
     done = lambda: int(parallel.first(state.step))  # less than `step` after an update that was not finite
     save = lambda: checkpoints.save(
         parallel.first(state), {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
@@ -102,7 +106,8 @@ def main():
                 break
             count = fields.steps_per_call - step % fields.steps_per_call
             signals = np.full(jax.local_device_count(), max(caught, default=0))
-            state, metrics, vote = step_on_devices(state, next_batches(batches, stream, count), step, signals)
+            inputs = next_batches(batches, stream, count), step, np.int32(fields.n_iters)
+            state, metrics, vote = step_on_devices(signals, state, *inputs)
             before, step = step, step + count
             bar.update(step - before)
             unread.append(metrics["skipped updates"])
@@ -114,7 +119,13 @@ def main():
                 metrics["skipped updates"], unread = [skipped], []
                 now, images = time.monotonic(), (step - reported[1]) * fields.batch_size
                 report(bar, board, step, metrics, images / (now - reported[0]))
-                reported = (now, step)
+                pace, reported = (now - reported[0]) / (step - reported[1]), (now, step)
+                if MINUTES.value and windows and step < fields.n_iters - fields.cooldown:
+                    left = (began + 60 * MINUTES.value - now) / pace
+                    fields.n_iters = parallel.agreed(ending(step, left, fields))
+                    bar.total = fields.n_iters
+                    experiments.claim_workdir(workdir, config)
+                windows += 1
             if crossed(before, step, fields.eval_freq):
                 batch = numbered(held_out.batch(step // fields.eval_freq), held_out)
                 value = parallel.first(held_out_loss(state.ema, parallel.shard_own(batch), step))
@@ -174,6 +185,12 @@ def starting_params(experiment, workdir):
 def stream_identity(config, stream) -> str:
     """What the position in the stream refers to."""
     return f"{config.data.dataset} {stream.images.size} images, batch {config.training.batch_size}, seed {config.seed}"
+
+
+def ending(step: int, left: float, fields) -> int:
+    """The number of steps in the end if so many are left: a multiple of steps_per_call, with room for the cooldown."""
+    calls = max(left, fields.cooldown, 1) // fields.steps_per_call
+    return step - step % fields.steps_per_call + fields.steps_per_call * max(1, int(calls))
 
 
 def numbered(batch, stream):

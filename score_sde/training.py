@@ -4,6 +4,7 @@ Every random draw of a step is a function of the seed, the step and the example'
 run depends neither on the number of devices nor, bit for bit, on where it was resumed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -147,14 +148,14 @@ def make_step(
     *,
     ema_rate: float,
     ema_warmup: bool,
-    n_iters: int = 0,
     cooldown: int = 0,
     accumulate: int = 1,
     skip_non_finite: bool = False,
 ) -> Callable:
-    """(state, batches, first) -> (state, metrics): one step for each batch along the leading axis of `batches`.
+    """(state, batches, first, n_iters) -> (state, metrics): a step for each batch along the leading axis of `batches`.
 
     first: the number of the first batch; the state must have done that many steps.
+    n_iters: () the number of steps in the end, for the cooldown; an argument, so that nothing is compiled for another.
     cooldown: during the last so many of n_iters steps updates shrink linearly to nothing (Hägele et al. 2024, arXiv
         2405.18392, section 3), beside whatever the optimizer does to its learning rate.
     accumulate: slices of a device's batch, equal in size, that pass the network one after another for the sake of
@@ -168,7 +169,7 @@ def make_step(
     times slower there, so a single step is not put in a loop, and slices are unrolled. Run it through `parallel.pmap`.
     """
 
-    def step(state: State, inputs):
+    def step(n_iters, state: State, inputs):
         batch, number = inputs
         key = jax.random.fold_in(jax.random.key(seed), number)
         mean_loss = lambda params, batch: loss(params, batch, key, True).mean()
@@ -189,12 +190,13 @@ def make_step(
         norms = {"gradient norm": norm, "parameter norm": optax.global_norm(state.params)}
         return state, {"loss": value, **norms, "skipped updates": 1 - applied.astype(jnp.int32)}
 
-    def steps(state: State, batches, first):
+    def steps(state: State, batches, first, n_iters=0):
+        step_before = functools.partial(step, n_iters)
         count = len(batches["image"])
         inputs = batches, jnp.asarray(first, jnp.int32) + jnp.arange(count, dtype=jnp.int32)
         if count > 1:
-            return jax.lax.scan(step, state, inputs)
-        state, metrics = step(state, jax.tree.map(lambda b: b[0], inputs))
+            return jax.lax.scan(step_before, state, inputs)
+        state, metrics = step_before(state, jax.tree.map(lambda b: b[0], inputs))
         return state, jax.tree.map(lambda m: m[None], metrics)
 
     return steps

@@ -95,14 +95,14 @@ def test_several_steps_per_call_equal_single_steps():
 
 def test_cooldown_shortens_the_last_steps():
     sde, optimizer = sde_lib.VP(), optax.adam(0.1)
-    cooled = jax.jit(toy_step(optimizer, sde, n_iters=6, cooldown=4))
+    cooled = jax.jit(toy_step(optimizer, sde, cooldown=4))
     plain = jax.jit(toy_step(optimizer, sde))
     batches = toy_batches(6, 8)
     state = training.init_state(toy_params(), optimizer)
     for i, share in enumerate([1, 1, 1, 3 / 4, 2 / 4, 1 / 4]):
         batch = jax.tree.map(lambda b: b[i : i + 1], batches)
         uncooled = jax.tree.map(jnp.subtract, plain(state, batch, i)[0].params, state.params)
-        before, (state, _) = state, cooled(state, batch, i)
+        before, (state, _) = state, cooled(state, batch, i, 6)
         for name, move in uncooled.items():
             assert float(move) != 0
             np.testing.assert_allclose(state.params[name] - before.params[name], share * move, rtol=1e-4)
