@@ -33,7 +33,7 @@ NAME = flags.DEFINE_string("name", None, "Folder under pretrained/; the run fold
 EMS_FILE = flags.DEFINE_string("ems", None, "EMS file of the packed model; the best it has if absent.")
 
 CARD = ("loss", "bpd", "encoding", "fid", "convergence")  # the metrics on it
-EMA_BYTES, ALL_BYTES = 4_000_000, 5_000_000
+EMA_BYTES, ALL_BYTES = 20_000_000, 25_000_000
 HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to a node's largest value
 
 
@@ -84,8 +84,13 @@ def pack(run, folder):
 
 
 def portable(config):
-    """A config that names its data set and the model it starts from, not where this machine keeps them."""
+    """A config that names its data set and the model it starts from, not where this machine keeps them.
+
+    The network computes in float32, whatever it was trained in: a CPU has no faster type, and EMS need it.
+    """
     config = config.copy_and_resolve_references()
+    if "dtype" in config.model:
+        config.model.dtype = "float32"
     path = pathlib.Path(config.data.dataset)
     config.data.dataset = path.stem if path.is_absolute() or path.suffix else config.data.dataset
     config.data.data_dir = None
