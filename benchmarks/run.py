@@ -19,7 +19,6 @@ from absl import flags
 import experiment as experiments
 from benchmarks import timed
 from ems import estimate
-from ems.statistics import EMS
 from score_sde import data, parallel
 from solvers import SOLVERS, probability_flow, tableau
 
@@ -91,7 +90,7 @@ def main():
     solve = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x, draws))
     times = experiment.sde.t_min, experiment.sde.t_max
     tables = {
-        name: build(experiment.sde, STEPS, **({"ems": flat_ems(experiment, times)} if name == "dpmv3" else {}))
+        name: build(experiment.sde, STEPS, **({"ems": timed.flat_ems(experiment, times)} if name == "dpmv3" else {}))
         for name, build in SOLVERS.items()
     }
     history = max(table.history for table in tables.values())  # then all that draw no noise share one program
@@ -115,13 +114,6 @@ def main():
     stream = data.Stream(images, batch_size=1024, seed=0)
     show("data in memory, batches of 1024", seconds(lambda: stream.batch(7)["image"]), images=1024)
     print(f"\ncompilations for all solvers: {solve._cache_size()}")
-
-
-def flat_ems(experiment: experiments.Experiment, times: tuple[float, float]) -> EMS:
-    """Statistics of no model, l = 1 and s = b = 0: the solver's time does not depend on them."""
-    t = np.linspace(*times[::-1], 25)
-    zero = np.zeros((len(t), *experiment.image_shape))
-    return EMS(t, experiment.sde.lam(t), zero + 1, zero, zero, {})
 
 
 def published_two_pass(experiment, params, x, t):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ems.statistics import EMS
 from experiment import Experiment
 from score_sde import parallel, training
 
@@ -33,11 +34,11 @@ def by_turns(calls: Sequence[Callable], turns: Iterable[int]) -> list[float]:
     return list(np.median(times / whole, axis=1) * np.median(whole))
 
 
-def training_step(experiment: Experiment) -> tuple[Callable, training.State]:
-    """`training.make_step` of an experiment, and the state before its first step."""
+def training_step(experiment: Experiment, params=None) -> tuple[Callable, training.State]:
+    """`training.make_step` of an experiment, and the state before its first step, with these parameters if given."""
     optimizer = training.make_optimizer(**experiment.config.optim)
     step = training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False)
-    return step, training.init_state(experiment.init_params(0), optimizer)
+    return step, training.init_state(experiment.init_params(0) if params is None else params, optimizer)
 
 
 def parallel_forward(experiment: Experiment, params, x, t) -> Callable:
@@ -66,6 +67,13 @@ def blank(experiment: Experiment, index: np.ndarray) -> dict[str, np.ndarray]:
     """Images of zeros of class 0, numbered `index` in the global batch, whose shape they have."""
     image = np.zeros((*index.shape, *experiment.image_shape), np.uint8)
     return {"image": image, "label": np.zeros(index.shape, np.int32), "index": index}
+
+
+def flat_ems(experiment: Experiment, times: tuple[float, float]) -> EMS:
+    """Statistics of no model, l = 1 and s = b = 0: the solver's time does not depend on them."""
+    t = np.linspace(*times[::-1], 25)
+    zero = np.zeros((len(t), *experiment.image_shape))
+    return EMS(t, experiment.sde.lam(t), zero + 1, zero, zero, {})
 
 
 def convolution() -> tuple[Callable, jax.Array, jax.Array, float]:

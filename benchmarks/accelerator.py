@@ -1,0 +1,474 @@
+"""One page about one accelerator: whether the programs run on it, how exact they are, and how fast.
+
+    python -m benchmarks.accelerator [--minutes=2] [--parts=programs,times,differences,pytorch]
+        [--config=configs/vp/cifar10_ddpmpp_continuous.py] [--batches=128,256,512]
+
+Prints markdown. For --minutes everything compiles at once, the most telling first, and the small programs run beside
+it; then whatever is compiled is timed, one thing after another. What is not is named: a second call finds what the
+first has compiled in the cache. `pytorch` needs torch and diffusers and times their U-Net of like size, compiled,
+channels last, in bfloat16.
+"""
+
+import concurrent.futures
+import functools
+import json
+import os
+import platform
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the small programs share the device's memory
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import experiment as experiments
+from benchmarks import timed
+from ems import estimate, statistics
+from score_sde.errors import one_line
+from solvers import SOLVERS, probability_flow, tableau
+
+CONFIG = experiments.config_flag()
+MINUTES = flags.DEFINE_float("minutes", 2.0, "Time to compile; what is compiled then is timed.", lower_bound=0)
+PARTS = flags.DEFINE_list("parts", ["programs", "times", "differences", "pytorch"], "What is to be on the page.")
+BATCHES = flags.DEFINE_list("batches", ["128", "256", "512"], "Images of a training step; the second of the rest.")
+PACKED = "pretrained/fashion_mnist"
+EVALUATIONS = 10  # of each solver
+NODES = 2  # of EMS in one call
+STEPS_PER_CALL = 10
+THREADS = 4  # that compile
+PRODUCT = 8192  # side of the matrices whose product is the peak
+COPIED = 2**30  # bytes of the copy that tells the memory's
+
+
+def main():
+    began = time.monotonic()
+    left = lambda: max(0.0, began + 60 * MINUTES.value - time.monotonic())
+    print(f"# {jax.devices()[0].device_kind}\n")
+    print(f"jax {jax.__version__}, Python {platform.python_version()}, {jax.device_count()} device(s), ", end="")
+    print(f"{os.cpu_count()} CPU cores; the first device alone is timed\n", flush=True)
+    parts = {"programs": programs, "differences": differences}
+    beside = [Beside(parts[name]) for name in PARTS.value if name in parts]
+    peer = Peer() if "pytorch" in PARTS.value else None
+    works = all_works() if "times" in PARTS.value else {}
+    compiled = compile_all(works, left)
+    for part in beside:
+        part.join(left())
+        print("\n".join(part.lines), flush=True)
+        if part.is_alive():
+            print(f"\nThe rest was not done in {MINUTES.value:g} minutes.\n", flush=True)
+    if works:
+        times(compiled)
+        if missing := [name for name in works if name not in compiled]:
+            print(f"\nNot compiled in {MINUTES.value:g} minutes: {'; '.join(missing)}.")
+    if peer is not None:
+        print(peer.page(), flush=True)
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    os._exit(0)  # what still compiles would be waited for
+
+
+class Beside(threading.Thread):
+    """A part of the page that comes about beside the compilations, line by line; its failure is a line too."""
+
+    def __init__(self, lines_of: Callable[[], Iterator[str]]):
+        super().__init__(daemon=True)
+        self.lines_of, self.lines = lines_of, []
+        self.start()
+
+    def run(self):
+        try:
+            for line in self.lines_of():
+                self.lines.append(line)
+        except Exception as error:  # it must not cost the other parts
+            self.lines.append(f"\n{type(error).__name__}: {one_line(error)}")
+
+
+# ------------------------------------------------------------------------------------------------ times
+
+
+class Work(NamedTuple):
+    """What is timed: a jitted function with one or several arguments of the same shapes."""
+
+    function: Callable
+    calls: dict[str, tuple]  # row of the table -> arguments
+    images: int  # that a call takes through a step, or through the network
+    precision: str
+    donated: bool = False  # the first argument, for which the first result is the next
+    looped: bool = False  # XLA counts the operations of a loop's body once
+    evaluations: Callable = lambda result: 1  # of each image by the network
+
+
+class Compiled(NamedTuple):
+    """A work with its program, the operations of a call if known, and the seconds that it took to compile."""
+
+    work: Work
+    program: Callable
+    operations: float | None
+    seconds: float
+
+
+def experiment_of(**changes) -> experiments.Experiment:
+    """The experiment of --config, or the published CIFAR-10 one, with fields of the network changed."""
+    if flags.FLAGS["config"].present:
+        config = experiments.config_of(CONFIG).copy_and_resolve_references()
+    else:
+        from configs.vp import cifar10_ddpmpp_continuous
+
+        config = cifar10_ddpmpp_continuous.get_config()
+    with config.unlocked():
+        config.model.update(changes)
+    return experiments.build(config)
+
+
+def all_works() -> dict[str, Callable[[], Work]]:
+    """What is compiled and timed, the most telling first; to be made by the thread that compiles it."""
+    small, middle, *large = (int(text) for text in BATCHES.value)
+    bfloat16 = dict(dtype="bfloat16")
+    several = dict(count=STEPS_PER_CALL)
+    list_of = [
+        functools.partial(training, middle, "bfloat16", bfloat16),
+        functools.partial(training, middle, "default", {}),
+        functools.partial(forward, middle, "default", {}),
+        functools.partial(forward, middle, "bfloat16", bfloat16),
+        functools.partial(forward, middle, "highest", {}),
+        functools.partial(sampling, middle, "default", {}),
+        functools.partial(measuring, middle // 4, "highest", {}),
+        functools.partial(training, middle, "bfloat16", bfloat16, **several),
+        functools.partial(likelihood, middle // 4, "highest", {}),
+        functools.partial(training, small, "bfloat16", bfloat16),
+        functools.partial(training, small, "default", {}),
+    ]
+    for batch in large:
+        list_of.append(functools.partial(training, batch, "bfloat16", bfloat16))
+        list_of.append(functools.partial(training, batch, "bfloat16", bfloat16 | dict(remat=True)))
+    return {f"{make.func.__name__} {make.args} {make.keywords or ''}".strip(): make for make in list_of}
+
+
+def some_params(experiment):
+    """Parameters of the size of trained ones, without the compilation that drawing them as published takes."""
+    rng = np.random.default_rng(0)
+    fan_in = lambda leaf: max(1, np.prod(leaf.shape[:-1]))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / np.float32(fan_in(leaf)) ** 0.5),
+        experiment.params_template(),
+    )
+
+
+def some_images(experiment, batch: int):
+    return jax.random.normal(jax.random.key(0), (batch, *experiment.image_shape))
+
+
+def training(batch: int, precision: str, changes: dict, count: int = 1) -> Work:
+    experiment = experiment_of(**changes)
+    step, state = timed.training_step(experiment, some_params(experiment))
+    blank = timed.blank(experiment, np.tile(np.arange(batch), (count, 1)))
+    random = np.random.default_rng(0).integers(0, 256, blank["image"].shape, np.uint8)
+    batches = jax.device_put(blank | {"image": random})
+    more = [f"{count} steps a call"] * (count > 1) + ["remat"] * bool(changes.get("remat"))
+    name = ", ".join(["training step", precision, f"batch {batch}", *more])
+    function = jax.jit(step, donate_argnums=0)
+    return Work(function, {name: (state, batches, 0)}, batch * count, precision, donated=True, looped=count > 1)
+
+
+def forward(batch: int, precision: str, changes: dict) -> Work:
+    experiment = experiment_of(**changes)
+    function = jax.jit(at(precision, lambda params, x, t: experiment.noise_of(params)(x, t)))
+    arguments = some_params(experiment), some_images(experiment, batch), jnp.full((batch,), 0.5)
+    return Work(function, {f"forward, {precision}, batch {batch}": arguments}, batch, precision)
+
+
+def at(precision: str, function: Callable) -> Callable:
+    """The function with its products of float32 in that precision, "highest" or JAX's default."""
+
+    def precise(*arguments):
+        with jax.default_matmul_precision("highest" if precision == "highest" else None):
+            return function(*arguments)
+
+    return precise
+
+
+def sampling(batch: int, precision: str, changes: dict) -> Work:
+    """All few-step solvers that draw no noise: one program, of which the table is an argument."""
+    experiment = experiment_of(**changes)
+    params, x = some_params(experiment), some_images(experiment, batch)
+    times = experiment.sde.t_min, experiment.sde.t_max
+    tables = {
+        name: build(
+            experiment.sde, EVALUATIONS, **({"ems": timed.flat_ems(experiment, times)} if name == "dpmv3" else {})
+        )
+        for name, build in SOLVERS.items()
+        if name not in ("pndm", "sde_dpmpp")  # one needs 12 evaluations, one draws noise
+    }
+    history = max(table.history for table in tables.values())
+    calls = {}
+    for name, table in tables.items():
+        table = jax.tree.map(jnp.float32, tableau.uniform(table, history, experiment.image_shape))
+        calls[f"{name}, {EVALUATIONS} evaluations, {precision}, batch {batch}"] = params, table, x
+    function = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x))
+    return Work(function, calls, batch, precision, looped=True, evaluations=lambda result: EVALUATIONS)
+
+
+def measuring(batch: int, precision: str, changes: dict) -> Work:
+    experiment = experiment_of(**changes)
+    node = jax.tree.map(jnp.float32, estimate.nodes(experiment.sde, NODES - 1))
+    function = jax.jit(
+        lambda params, node, x: estimate.measure(
+            experiment.noise_of(params), node, np.arange(NODES), jax.random.key(0), x, np.arange(batch)
+        )
+    )
+    calls = {
+        f"EMS of a node, {precision}, batch {batch}": (some_params(experiment), node, some_images(experiment, batch))
+    }
+    return Work(function, calls, batch, precision, looped=True, evaluations=lambda result: NODES)
+
+
+def likelihood(batch: int, precision: str, changes: dict) -> Work:
+    experiment = experiment_of(**changes)
+    x = some_images(experiment, batch)
+    probe = probability_flow.rademacher(jax.random.key(1), 1, x.shape)
+    function = jax.jit(
+        lambda params, x: probability_flow.log_likelihood(
+            experiment.noise_of(params), experiment.sde, x, probe, rtol=1e-1, atol=1e-1
+        )[::2]
+    )
+    calls = {f"likelihood, one evaluation, {precision}, batch {batch}": (some_params(experiment), x)}
+    return Work(function, calls, batch, precision, looped=True, evaluations=lambda result: int(result[1].evaluations))
+
+
+def compile_all(works: dict[str, Callable[[], Work]], left: Callable[[], float]) -> dict[str, Compiled]:
+    """Those that compile in the time left, some at once and in their order."""
+    waiting, compiled, done = queue.SimpleQueue(), {}, queue.SimpleQueue()
+    for item in works.items():
+        waiting.put(item)
+
+    def work():
+        while left():
+            try:
+                name, make = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((name, compile_one(make)))
+            except Exception as error:  # memory may not suffice for one of them
+                print(f"{name}: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
+                done.put((name, None))
+
+    for _ in range(THREADS):
+        threading.Thread(target=work, daemon=True).start()
+    for _ in works:
+        try:
+            name, result = done.get(timeout=left())
+        except queue.Empty:
+            break
+        compiled |= {} if result is None else {name: result}
+        print(f"{name}: {'failed' if result is None else f'compiled in {result.seconds:.0f} s'}", file=sys.stderr)
+    return {name: compiled[name] for name in works if name in compiled}
+
+
+def compile_one(make: Callable[[], Work]) -> Compiled:
+    began = time.monotonic()
+    work = make()
+    lowered = work.function.lower(*next(iter(work.calls.values())))
+    program = lowered.compile()
+    counted = lowered.cost_analysis() or program.cost_analysis() or {}  # of a GPU's known once it is compiled
+    operations = None if work.looped else counted.get("flops")
+    return Compiled(work, program, operations, time.monotonic() - began)
+
+
+def peaks() -> float:
+    """Operations per second of a product in bfloat16; prints those of other types and the bytes that a copy moves."""
+    rates = {}
+    for name, dtype, precision in (
+        ("bfloat16", "bfloat16", None),
+        ("float32, default", "float32", None),
+        ("float32, highest", "float32", "highest"),
+    ):
+        a, b = jax.random.normal(jax.random.key(0), (2, PRODUCT, PRODUCT), dtype)
+        product = jax.jit(functools.partial(jnp.matmul, precision=precision))
+        rates[name] = 2 * PRODUCT**3 / steadily(lambda: product(a, b))
+    big = jnp.arange(COPIED // 4, dtype=jnp.float32)
+    negative = jax.jit(jnp.negative)
+    moved = 2 * COPIED / steadily(lambda: negative(big))
+    shown = "; ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
+    print(
+        f"## Times\n\nProducts of matrices of side {PRODUCT} in TFLOP/s: {shown}; a copy: {moved / 1e12:.3g} TB/s.\n"
+    )
+    return rates["bfloat16"]
+
+
+def steadily(call: Callable, target: float = 0.6) -> float:
+    """Median seconds of a call among those that are sent without waiting for one another."""
+    jax.block_until_ready(call())
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    count = max(1, min(200, round(target / 3 / (time.perf_counter() - began))))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(count)][-1])
+        seconds.append((time.perf_counter() - began) / count)
+    return float(np.median(seconds))
+
+
+def times(compiled: dict[str, Compiled]):
+    """Print the table of what is compiled: each image's share, and in forward passes of the same precision."""
+    peak, forwards, rows = peaks(), {}, []
+    for work, program, operations, seconds in compiled.values():
+        for name, arguments in work.calls.items():
+            call = functools.partial(program, *arguments)
+            if work.donated:
+                call = stepping(program, *arguments)
+            duration = steadily(call)
+            images = work.images if work.donated else work.images * work.evaluations(call())
+            if name.startswith("forward"):
+                forwards[work.precision] = duration / images
+            rows.append((name, work.precision, images, duration, operations, seconds))
+    print("| | images/s | ms | GFLOP an image | TFLOP/s | of the bfloat16 peak | forwards | seconds to compile |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, precision, images, duration, operations, seconds in rows:
+        counted = " | | "
+        if operations:
+            rate = operations / duration
+            counted = f"{operations / images / 1e9:.1f} | {rate / 1e12:.3g} | {rate / peak:.2f}"
+        forward = f"{duration / images / forwards[precision]:.2f}" if precision in forwards else ""
+        print(f"| {name} | {images / duration:.0f} | {1000 * duration:.2f} | {counted} | {forward} | {seconds:.0f} |")
+
+
+def stepping(program: Callable, state, *inputs) -> Callable:
+    """The next step of a training, which takes the state of the one before; its loss."""
+
+    def call():
+        nonlocal state
+        state, metrics = program(state, *inputs)
+        return metrics["loss"]
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------ differences
+
+
+def differences() -> Iterator[str]:
+    """How far the device's results of the packed model are from those of the CPU in float32, by precision."""
+    model = experiments.open_model(PACKED)
+    with jax.default_device(jax.devices("cpu")[0]):
+        truth = results(model, "highest")
+    yield "## Differences from the CPU\n"
+    yield f"Results of {PACKED}, relative to the root mean square of the CPU's in float32; bits/dim as they are.\n"
+    yield "| | " + " | ".join(truth) + " |"
+    yield "|---" * (len(truth) + 1) + "|"
+    for name, precision, dtype in (
+        ("float32, highest", "highest", "float32"),
+        ("float32, default", "default", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+    ):
+        here = results(model, precision, dtype)
+        differ = lambda key: here[key] - truth[key] if key == "bits/dim" else relative(here[key], truth[key])
+        yield f"| {name} | " + " | ".join(f"{differ(key):.1e}" for key in truth) + " |"
+    yield ""
+
+
+def relative(value, truth) -> float:
+    return experiments.rms(value - truth) / experiments.rms(truth)
+
+
+def results(model, precision: str, dtype: str = "float32") -> dict:
+    """The noise, EMS, samples of DPM-Solver-v3 and bits/dim of a packed model."""
+    config = model.experiment.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.dtype = dtype
+    experiment = experiments.build(config)
+    noise, n = experiment.noise_of, 16
+    key = jax.random.key(7)
+    z = jax.random.normal(key, (n, *experiment.image_shape))
+    t = jnp.linspace(0.02, 1.0, n)
+    ems = statistics.load(f"{PACKED}/ems.npz")
+    table = jax.tree.map(np.float32, SOLVERS["dpmv3"](experiment.sde, EVALUATIONS, ems=ems._replace(origin={})))
+    node = jax.tree.map(lambda values: np.float32(values[1::2]), estimate.nodes(experiment.sde, 6))
+    precise = lambda function: jax.jit(at(precision, function))
+    eps = precise(lambda params, x: noise(params)(x, t))(model.params, z)
+    x = precise(lambda params, x: tableau.solve(noise(params), table, x))(model.params, z)
+    moments = precise(lambda params, x: estimate.measure(noise(params), node, np.arange(3), key, x, np.arange(n)))(
+        model.params, jnp.clip(x, -1, 1)
+    )
+    probe = probability_flow.rademacher(key, 1, x.shape)
+    log_p = precise(
+        lambda params, x: probability_flow.log_likelihood(
+            noise(params), experiment.sde, x, probe, rtol=1e-4, atol=1e-4, t_min=1e-3
+        )[0]
+    )(model.params, jnp.round(jnp.clip(x, -1, 1) * 127.5) / 127.5)
+    bits = -np.asarray(log_p).mean() / x[0].size / np.log(2) + 7
+    found = {"noise": eps, "l": moments.w, "mean of f'": moments.mean[:, 1], "samples": x}
+    return {name: np.asarray(value, np.float64) for name, value in found.items()} | {"bits/dim": float(bits)}
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+
+def programs() -> Iterator[str]:
+    """A table of the programs, run on a model of digits: what each took, or said when it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = f"--workdir={folder}/digits"
+        fast = ["--config.training.n_iters=200", "--config.training.keep_freq=200", "--config.training.eval_freq=100"]
+        first = [["train.py", "--config=configs/digits.py", run, *fast, "--config.training.steps_per_call=10"]]
+        second = [["-m", "ems", run, "--nodes=24", "--num_data=256"]]
+        rest = [["sample.py", run, f"--solver={name}"] for name in ("dpmv3", "dpmpp", "unipc", "deis", "ode")]
+        rest += [["sample.py", run, "--solver=pc", "--steps=50"]]
+        rest += [["evaluate.py", run, f"--metrics={name}"] for name in ("loss", "bpd")]
+        rest += [["evaluate.py", run, "--metrics=fid", "--num_samples=256", "--network=resnet20-cifar10"]]
+        yield from ("## Programs\n", "| | seconds | |", "|---|---|---|")
+        for together in (first, second, rest):
+            with concurrent.futures.ThreadPoolExecutor(len(rest)) as pool:
+                started = [pool.submit(smoke, folder, command) for command in together]
+                yield from (done.result() for done in concurrent.futures.as_completed(started))
+    yield ""
+
+
+def smoke(folder: str, command: list[str]) -> str:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    told = "ran" if done.returncode == 0 else f"exit code {done.returncode}: {one_line(done.stderr[-300:])}"
+    shown = " ".join(command).replace(folder, "runs")
+    return f"| `{shown}` | {time.monotonic() - began:.0f} | {told} |"
+
+
+# ------------------------------------------------------------------------------------------------ PyTorch
+
+
+class Peer:
+    """diffusers' U-Net in a process of its own, which compiles at once and is timed when asked."""
+
+    def __init__(self):
+        command = [sys.executable, "-m", "benchmarks.accelerator_peer", BATCHES.value[1]]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def page(self, patience: float = 120) -> str:
+        try:
+            out, err = self.process.communicate("go\n", timeout=patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return f"\n## Beside PyTorch\n\nStopped after {patience} seconds."
+        if self.process.returncode:
+            return f"\n## Beside PyTorch\n\nNot run: {one_line(err[-300:])}"
+        found = json.loads(out.splitlines()[-1])
+        rows = [
+            f"| {name} | {row['images/s']:.0f} | {row['GFLOP']:.1f} | {row['images/s'] * row['GFLOP'] / 1e3:.1f} |"
+            for name, row in found["rows"].items()
+        ]
+        head = ["| | images/s | GFLOP an image | TFLOP/s |", "|---|---|---|---|"]
+        about = f"\n## Beside PyTorch\n\n{found['versions']}, diffusers' UNet2DModel, batch {BATCHES.value[1]}\n"
+        return "\n".join([about, *head, *rows])
+
+
+if __name__ == "__main__":
+    experiments.run(main)
