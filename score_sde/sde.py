@@ -4,10 +4,12 @@ The forward process is dx = f(t) x dt + g(t) dw (Song et al. 2021, eq. 5), with 
 
     q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I).
 
-An SDE of this package gives `log_alpha`, `sigma`, the inverse `t_of_lam` and its discrete forward transition; drift,
-diffusion, half-log-SNR, prior and reverse drift follow from those in the base class:
+An SDE of this package gives `log_alpha`, `sigma` and the inverse `t_of_lam`; all else follows from these in the base
+class,
 
-    f = d log_alpha / dt,   g^2 = d sigma^2 / dt - 2 f sigma^2,   lam = log(alpha / sigma).
+    f = d log_alpha / dt,   g^2 = d sigma^2 / dt - 2 f sigma^2,   lam = log(alpha / sigma),
+
+but for what a published chain does otherwise: its discrete transition, the noise of its ancestral sampling, its prior.
 
 Time runs from 0 (data) to `t_max` (prior). Every function of time takes an array of any shape. A NumPy array is worked
 on in NumPy, in its own precision (solver tables are built on the host in float64); a JAX array in JAX.
@@ -43,7 +45,7 @@ def per_image(coefficient, x):
 
 @dataclasses.dataclass(frozen=True)
 class SDE(abc.ABC):
-    """A linear SDE. Subclasses define the abstract methods and override nothing else.
+    """A linear SDE. Subclasses define the abstract methods and, where a chain is published, the three after them.
 
     t_min: where sampling and likelihood end by default; the marginals are defined on (0, t_max].
     """
@@ -63,25 +65,30 @@ class SDE(abc.ABC):
     def t_of_lam(self, lam):
         """The time at which log(alpha / sigma) equals lam."""
 
-    @abc.abstractmethod
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the prior N(0, prior_std^2 I) that sampling starts from."""
+        return 1.0
+
     def transition(self, t, n: int):
-        """One of n forward steps as published: x <- a x + G z, z ~ N(0, I). Returns (a, G), each of the shape of t.
+        """One of n forward steps, that which ends at t: x <- a x + G z, z ~ N(0, I). Returns (a, G), of the shape of t.
 
-        Reverse-diffusion sampling (Song et al. 2021, eq. 46) inverts exactly this step.
+        By default the exact one of length t_max / n, by which the marginals follow each other. Reverse-diffusion
+        sampling (Song et al. 2021, eq. 46) inverts this step.
         """
+        xp = numpy_of(t)
+        before = xp.maximum(t - self.t_max / n, 0.0)
+        a = xp.exp(self.log_alpha(t) - self.log_alpha(before))
+        return a, xp.sqrt(self.sigma(t) ** 2 - (a * self.sigma(before)) ** 2)
 
-    @abc.abstractmethod
     def ancestral_std(self, t, n: int):
         """Standard deviation of the noise that ancestral sampling adds when it goes back over `transition(t, n)`.
 
-        Published are G for VP (Ho et al. 2020, algorithm 2) and the posterior's sigma_before G / sigma for VE (Song et
-        al. 2021, eq. 47). UserError where no chain is published.
+        By default that of x before given x_t and x_0, sigma_before G / sigma (Song et al. 2021, eq. 47, for VE);
+        published for VP is G (Ho et al. 2020, algorithm 2). UserError where no chain is published.
         """
-
-    @property
-    @abc.abstractmethod
-    def prior_std(self) -> float:
-        """Standard deviation of the prior N(0, prior_std^2 I) that sampling starts from."""
+        before = numpy_of(t).maximum(t - self.t_max / n, 0.0)
+        return self.sigma(before) * self.transition(t, n)[1] / self.sigma(t)
 
     def alpha(self, t):
         return numpy_of(t).exp(self.log_alpha(t))
@@ -111,13 +118,6 @@ class SDE(abc.ABC):
     def perturb(self, x0, t, z):
         """x_t = alpha_t x_0 + sigma_t z for images (B, H, W, C) and times () or (B,)."""
         return per_image(self.alpha(t), x0) * x0 + per_image(self.sigma(t), x0) * z
-
-    def exact_transition(self, t, n: int):
-        """(a, G) of the step of length t_max / n that ends at t, by which the marginals follow each other exactly."""
-        xp = numpy_of(t)
-        before = xp.maximum(t - self.t_max / n, 0.0)
-        a = xp.exp(self.log_alpha(t) - self.log_alpha(before))
-        return a, xp.sqrt(self.sigma(t) ** 2 - (a * self.sigma(before)) ** 2)
 
     def prior_logp(self, z):
         """log density of the prior, in nats, at images z (B, H, W, C); returns (B,)."""
@@ -176,10 +176,6 @@ class VP(SDE):
     def ancestral_std(self, t, n):
         return self.transition(t, n)[1]
 
-    @property
-    def prior_std(self):
-        return 1.0
-
 
 @dataclasses.dataclass(frozen=True)
 class SubVP(SDE):
@@ -206,10 +202,6 @@ class SubVP(SDE):
 
     def ancestral_std(self, t, n):
         raise UserError("sub-VP has no chain to sample ancestrally: use predictor reverse_diffusion or euler_maruyama")
-
-    @property
-    def prior_std(self):
-        return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,10 +292,6 @@ class DiscreteVP(SDE):
     def ancestral_std(self, t, n):
         return self.transition(t, n)[1]
 
-    @property
-    def prior_std(self):
-        return 1.0
-
 
 @dataclasses.dataclass(frozen=True)
 class CosineVP(SDE):
@@ -325,15 +313,8 @@ class CosineVP(SDE):
         cosine = xp.exp(_vp_log_alpha(lam)) * np.cos(self.s / (1 + self.s) * np.pi / 2)
         return xp.arccos(cosine) * (2 * (1 + self.s) / np.pi) - self.s
 
-    def transition(self, t, n):
-        return self.exact_transition(t, n)
-
     def ancestral_std(self, t, n):
         return self.transition(t, n)[1]
-
-    @property
-    def prior_std(self):
-        return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,16 +333,37 @@ class EDM(SDE):
     def t_of_lam(self, lam):
         return numpy_of(lam).exp(-lam)
 
-    def transition(self, t, n):
-        return self.exact_transition(t, n)
-
-    def ancestral_std(self, t, n):
-        before = numpy_of(t).maximum(t - self.t_max / n, 0.0)
-        return before * self.transition(t, n)[1] / t
-
     @property
     def prior_std(self):
         return self.t_max
 
 
-SDES = {"vp": VP, "subvp": SubVP, "ve": VE, "discrete_vp": DiscreteVP, "cosine_vp": CosineVP, "edm": EDM}
+@dataclasses.dataclass(frozen=True)
+class Flow(SDE):
+    """The straight path of flow matching (Lipman et al. 2023; Liu et al. 2023): alpha = 1 - t, sigma = t.
+
+    Cut at t_max < 1, for eps loses x_0 where alpha = 0: x_t is then z itself, whatever the data, and alpha in
+    float32 has a relative error of 6e-8 / (1 - t) before it.
+    """
+
+    t_max: float = 0.999
+
+    def log_alpha(self, t):
+        return numpy_of(t).log1p(-t)
+
+    def sigma(self, t):
+        return 1.0 * t
+
+    def t_of_lam(self, lam):
+        return 1 / (1 + numpy_of(lam).exp(lam))
+
+
+SDES = {
+    "vp": VP,
+    "subvp": SubVP,
+    "ve": VE,
+    "discrete_vp": DiscreteVP,
+    "cosine_vp": CosineVP,
+    "edm": EDM,
+    "flow": Flow,
+}

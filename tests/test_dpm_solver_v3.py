@@ -114,7 +114,7 @@ def test_published_options_of_other_models():
     assert chosen("order", steps=2) == (2,)
 
 
-@pytest.mark.parametrize("sde", [SDE, sde_lib.VE(), sde_lib.EDM()], ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize("sde", [SDE, sde_lib.VE(), sde_lib.EDM(), sde_lib.Flow()], ids=lambda sde: type(sde).__name__)
 @pytest.mark.parametrize("kind", [{}, {"latent": True}, {"guidance_scale": 2.0}, {"guidance_scale": 9.0}])
 def test_published_options_are_options(sde, kind):
     ems = fake_ems(sde, 60, (1, 1, 1))

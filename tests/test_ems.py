@@ -78,7 +78,9 @@ def gaussian_statistics(sde, t, lam):
 
 
 @pytest.mark.parametrize(
-    "sde", [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE(), sde_lib.EDM()], ids=lambda s: type(s).__name__
+    "sde",
+    [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE(), sde_lib.EDM(), sde_lib.Flow()],
+    ids=lambda s: type(s).__name__,
 )
 def test_statistics_of_a_gaussian(sde, x64):
     """l exactly, b up to the differences that give l', whatever the SDE; f is constant, so s = 0, counted."""

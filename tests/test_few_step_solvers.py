@@ -131,6 +131,7 @@ SDES = {
     "subvp": sde_lib.SubVP(),
     "ve": sde_lib.VE(),
     "edm": sde_lib.EDM(),
+    "flow": sde_lib.Flow(),
 }
 SDES = {name: within_lam(sde) for name, sde in SDES.items()}
 

@@ -91,7 +91,9 @@ def test_published_runs(case, x64):
 
 
 @pytest.mark.parametrize(
-    "sde", [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE(sigma_max=10.0)], ids=lambda s: type(s).__name__
+    "sde",
+    [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE(sigma_max=10.0), sde_lib.Flow()],
+    ids=lambda s: type(s).__name__,
 )
 @pytest.mark.parametrize("corrector", ["langevin", "none"])
 def test_samples_have_the_mean_and_variance_of_the_data(sde, corrector):
@@ -135,13 +137,13 @@ def test_evaluations_and_draws_are_counted_exactly(predictor, corrector, conditi
     assert sorted(draws) == list(range(len(calls) + 50 * conditioned))  # each draw once, none left out
 
 
-def test_ancestral_noise_is_the_posteriors_of_ve_and_the_transitions_of_vp():
-    """VE: sigma_(i-1) sqrt(sigma_i^2 - sigma_(i-1)^2) / sigma_i, none in the last step; VP: sqrt(beta_i)."""
+def test_ancestral_noise_is_the_posteriors_or_for_vp_the_transitions():
+    """sigma_(i-1) sqrt(sigma_i^2 - a^2 sigma_(i-1)^2) / sigma_i, none in the last step; VP: sqrt(beta_i)."""
     n = 200
-    for sde, spacing in ((sde_lib.VE(), 1 / (n - 1)), (sde_lib.EDM(), 80 / n)):
+    for sde, spacing in ((sde_lib.VE(), 1 / (n - 1)), (sde_lib.EDM(), 80 / n), (sde_lib.Flow(), 0.999 / n)):
         t = spacing * (np.arange(1, n) + 1e-9)
-        now, before = sde.sigma(t), sde.sigma(t - spacing)
-        expected = before * np.sqrt(now**2 - before**2) / now
+        now, before, a = sde.sigma(t), sde.sigma(t - spacing), sde.alpha(t) / sde.alpha(t - spacing)
+        expected = before * np.sqrt(now**2 - (a * before) ** 2) / now
         np.testing.assert_allclose(sde.ancestral_std(t, n), expected, rtol=1e-6, atol=1e-6 * now[0])
         assert sde.ancestral_std(np.array([1e-5]), n) == 0
     for sde in (sde_lib.VP(), sde_lib.CosineVP(), sde_lib.DiscreteVP(n=n)):

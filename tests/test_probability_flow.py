@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIGHT = dict(rtol=1e-5, atol=1e-5)
 LOOSE = dict(rtol=1e-3, atol=1e-3)
 CASES = reference.cases("D_ode_likelihood")
-SDES = [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE()]
+SDES = [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE(), sde_lib.Flow()]
 by_name = pytest.mark.parametrize("sde", SDES, ids=lambda sde: type(sde).__name__)
 
 

@@ -17,6 +17,7 @@ SDES = {
     "stable_diffusion": sde_lib.DiscreteVP(beta_min=0.85, beta_max=12.0, scaled=True, t_first=1 / 1000),
     "cosine_vp": sde_lib.CosineVP(),
     "edm": sde_lib.EDM(),
+    "flow": sde_lib.Flow(),
 }
 TIMES = np.linspace(0.01, 0.99, 23)
 
@@ -44,7 +45,7 @@ def test_numpy_and_jax_agree(name):
         np.testing.assert_allclose(jax.jit(function)(jnp.asarray(t)), function(t), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vp", "subvp", "ve"])
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "flow"])
 def test_drift_and_diffusion_match_closed_forms(name):
     """Derived by differentiation, equal to the papers' expressions to 1e-12."""
     sde = SDES[name]
@@ -54,6 +55,7 @@ def test_drift_and_diffusion_match_closed_forms(name):
         "vp": (-0.5 * beta, np.sqrt(beta)),
         "subvp": (-0.5 * beta, np.sqrt(beta * (1 - alpha2**2))),
         "ve": (0 * TIMES, 0.01 * 5000**TIMES * np.sqrt(2 * np.log(5000))),
+        "flow": (-1 / (1 - TIMES), np.sqrt(2 * TIMES / (1 - TIMES))),
     }[name]
     np.testing.assert_allclose(sde.drift(TIMES), expected[0], rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(sde.diffusion(TIMES), expected[1], rtol=1e-12)
@@ -61,8 +63,8 @@ def test_drift_and_diffusion_match_closed_forms(name):
 
 def test_marginals_solve_the_forward_sde():
     """Euler's moments of dx = f x dt + g dw arrive at alpha and sigma: f and g belong to the marginals."""
-    for sde in (SDES["vp"], SDES["subvp"], SDES["ve"]):
-        t = np.linspace(1e-6, 1.0, 200_001)
+    for name, end in (("vp", 1.0), ("subvp", 1.0), ("ve", 1.0), ("flow", 0.9)):
+        sde, t = SDES[name], np.linspace(1e-6, end, 200_001)
         f, g = sde.drift(t), sde.diffusion(t)
         dt = np.diff(t)
         middle = lambda values: 0.5 * (values[1:] + values[:-1])
