@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configs import base
 from ems.statistics import EMS
-from score_sde import checkpoint, data, denoiser, events, files, guidance, models, packed, parallel, training
+from score_sde import checkpoint, data, denoiser, events, files, guidance, losses, models, packed, parallel, training
 from score_sde.denoiser import NoiseFn
 from score_sde.errors import UserError, one_line
 from score_sde.models.classifier import CLASSIFIERS, logits_fn
@@ -185,14 +185,14 @@ def fits(value, default) -> bool:
     return isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
 
 
-def construct(table: dict, section: ConfigDict, what: str, **more):
-    """table[section.name](**section, **more), with the mistakes that a config can make in it named."""
+def construct(table: dict, section: ConfigDict, what: str):
+    """table[section.name](**section), with the mistakes that a config can make in it named."""
     arguments = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in section.items()}
     name = arguments.pop("name", None)
     if name not in table:
         raise UserError(f"unknown {what} {name!r}: use one of {', '.join(table)}")
     try:
-        return table[name](**arguments, **more)
+        return table[name](**arguments)
     except TypeError as error:
         raise UserError(f"{what} {name!r}: {' '.join(str(error).split())}") from None
 
@@ -216,7 +216,7 @@ class Experiment(NamedTuple):
 
     @property
     def data_range(self) -> tuple[float, float]:
-        return (-1.0, 1.0) if self.config.data.centered else (0.0, 1.0)
+        return range_of(self.config)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -279,19 +279,24 @@ class Experiment(NamedTuple):
         return guided if interval is None else guidance.within(conditional(y), guided, *interval)
 
     def loss(self) -> Callable:
-        fields = self.config.training
+        """(params, batch, key, train) -> loss of each example (B,)."""
+        fields, told = self.config.training, self.config.denoiser
+
+        def times(key):
+            return losses.TIMES[fields.times](key, (), self.sde, fields.t_min, told.num_scales, fields.lam_normal)
+
+        def weight(t):
+            own = denoiser.coefficients(told.output, self.sde, t, told.sigma_data)
+            return losses.WEIGHTS[fields.weight](self.sde, t, own)
+
         if self.logits_of:
-            return training.make_classifier_loss(self.logits_of, self.sde, self.preprocess, t_min=fields.t_min)
+            return training.make_classifier_loss(self.logits_of, self.sde, self.preprocess, times=times)
         return training.make_loss(
             self.noise_of,
             self.sde,
             self.preprocess,
-            continuous=fields.continuous,
-            num_scales=self.config.denoiser.num_scales,
-            t_min=fields.t_min,
-            lam_normal=fields.lam_normal,
-            likelihood_weighting=fields.likelihood_weighting,
-            v_weighting=fields.v_weighting,
+            times=times,
+            weight=weight,
             reduce_mean=fields.reduce_mean,
             label_dropout=fields.label_dropout,
             null_label=self.num_classes,
@@ -320,25 +325,18 @@ def build(config: ConfigDict) -> Experiment:
     """The objects of a config; mistakes in it are named here, before any work."""
     check_values(config)
     sde = build_sde(config)
+    check_rows(config, sde)
     if config.model.get("name") in CLASSIFIERS:
         return build_classifier(config, sde)
-    fields = config.denoiser
-    for name, table in (("output", denoiser.OUTPUTS), ("label", denoiser.LABELS)):
-        if fields[name] not in table:
-            raise UserError(f"unknown denoiser.{name} {fields[name]!r}: use one of {', '.join(table)}")
     hidden = config.training.label_dropout
     if hidden and not config.model.get("num_classes"):
         raise UserError(f"training.label_dropout is {hidden}: expected 0 unless model.num_classes is set")
-    if config.training.lam_normal is not None and not config.training.continuous:
-        raise UserError("training.lam_normal draws times from a continuum: expected None unless training.continuous")
-    if config.training.likelihood_weighting and (config.training.lam_normal or config.training.v_weighting):
-        raise UserError("training.likelihood_weighting: expected no training.lam_normal or v_weighting beside it")
-    network = build_network(config)
+    network, data_range = build_network(config), range_of(config)
 
     def noise_of(params, y=None, dropout_keys=None) -> NoiseFn:
         y = y if config.model.get("num_classes") else None
         apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys)
-        return denoiser.noise_fn(apply, sde, output=fields.output, label=fields.label, num_scales=fields.num_scales)
+        return denoiser.noise_fn(apply, sde, data_range=data_range, **config.denoiser)
 
     return checked_network(Experiment(config, sde, network, noise_of))
 
@@ -348,17 +346,35 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     return (config.data.image_size, config.data.image_size, config.data.num_channels)
 
 
+def range_of(config: ConfigDict) -> tuple[float, float]:
+    """Lowest and highest value of a config's data, as its model sees them."""
+    return (-1.0, 1.0) if config.data.centered else (0.0, 1.0)
+
+
+def check_rows(config: ConfigDict, sde: SDE):
+    """Refuse what names no row of the four tables, and a chain that ends where alpha is 0."""
+    fields = flat(config)
+    for field, table in (
+        ("denoiser.output", denoiser.PARAMETERIZATIONS),
+        ("denoiser.label", denoiser.LABELS),
+        ("training.times", losses.TIMES),
+        ("training.weight", losses.WEIGHTS),
+    ):
+        name = fields[field]
+        if name not in table:
+            raise UserError(f"unknown {field} {name!r}: use one of {', '.join(table)}")
+    with np.errstate(divide="ignore"):
+        data_left = np.isfinite(sde.log_alpha(np.float64(1)))
+    if config.training.times == "chain" and not data_left:
+        raise UserError(
+            f"training.times is 'chain', whose last node is t = 1, where alpha of the SDE {config.sde.name} is 0: "
+            "use uniform or lam_normal"
+        )
+
+
 def build_network(config: ConfigDict):
     """The network of a config, a flax Module, not tried on anything yet."""
-    noise_levels = {k: v for k, v in config.sde.items() if k in ("sigma_min", "sigma_max")}
-    return construct(
-        models.MODELS,
-        config.model,
-        "network",
-        centered=config.data.centered,
-        num_scales=config.denoiser.num_scales,
-        **noise_levels,
-    )
+    return construct(models.MODELS, config.model, "network")
 
 
 def build_sde(config: ConfigDict) -> SDE:
@@ -432,7 +448,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
             f"no run in {workdir} (no config.json): train one first, python train.py --config=configs/digits.py"
         )
     try:
-        config = ConfigDict(json.loads(path.read_text()))
+        config = ConfigDict(translated(json.loads(path.read_text()), str(path)))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is not a config: {one_line(error)}: restore what train.py wrote") from None
     check_fields(config, str(path))
@@ -444,6 +460,39 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
             config[section] = ConfigDict(fields.to_dict() | config.get(section, ConfigDict()).to_dict())
     check_values(config, str(path))
     return config
+
+
+def translated(config: dict, source: str) -> dict:
+    """A config.json of any age in today's words.
+
+    Before there were TIMES and WEIGHTS, booleans of `training` stood for their rows, a network divided its output by
+    sigma itself (`scale_by_sigma`), and eps of the output v was right for VP alone. UserError where no word fits.
+    """
+    fields = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
+    section = lambda name: fields[name] if isinstance(fields.get(name), dict) else {}
+    training, network, told = section("training"), section("model"), section("denoiser")
+    if "continuous" in training:
+        drawn = "uniform" if training.pop("continuous") else "chain"
+        training["times"] = "lam_normal" if training.get("lam_normal") else drawn
+        if training.get("lam_normal") is None:
+            training.pop("lam_normal", None)
+        weights = {"likelihood_weighting": "likelihood", "v_weighting": "network" if told.get("output") == "v" else "v"}
+        training["weight"] = next((row for old, row in weights.items() if training.get(old)), "eps")
+        for old in weights:
+            training.pop(old, None)
+        if network.get("name") == "ncsn":
+            network["num_scales"] = told["num_scales"]
+        if told.get("output") == "v" and fields["sde"]["name"] in ("subvp", "ve", "edm"):
+            raise UserError(f"{source}: output v under the SDE {fields['sde']['name']} has changed: train it again")
+    if network.pop("scale_by_sigma", False):
+        label = "sigma" if network.get("embedding_type") == "fourier" else "reversed_index"
+        if (fields["sde"]["name"], told["output"], told["label"]) != ("ve", "score", label):
+            raise UserError(
+                f"{source}: model.scale_by_sigma is no more, but for SDE ve, output score and label {label}: "
+                "train it again without"
+            )
+        told["output"] = "scaled_score"
+    return fields
 
 
 def config_of_run(folder: pathlib.Path) -> ConfigDict:

@@ -10,18 +10,19 @@ from ml_collections.config_dict import placeholder
 
 from configs import models
 
-# The time label and output that each SDE's published networks are trained with (score_sde/denoiser.py).
+# The output and time label that each SDE's published networks are trained with (score_sde/denoiser.py).
 SDES = {
     "vp": dict(sde=dict(name="vp", beta_min=0.1, beta_max=20.0, t_min=1e-3), output="eps", label="time"),
     "subvp": dict(sde=dict(name="subvp", beta_min=0.1, beta_max=20.0, t_min=1e-3), output="eps", label="time"),
-    "ve": dict(sde=dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5), output="score", label="sigma"),
+    "ve": dict(sde=dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5), output="scaled_score", label="sigma"),
     # trained on the num_scales steps of a chain: DDPM and NCSN
     "discrete_vp": dict(
         sde=dict(name="discrete_vp", beta_min=0.1, beta_max=20.0, t_min=1e-3), output="eps", label="index"
     ),
     "discrete_ve": dict(
-        sde=dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5), output="score", label="reversed_index"
+        sde=dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5), output="scaled_score", label="reversed_index"
     ),
+    "flow": dict(sde=dict(name="flow", t_min=1e-3), output="flow", label="time"),
 }
 
 # What numbers must be, beyond their type: (what is expected, whether it is so, fields). `model` may lack some of them.
@@ -38,7 +39,7 @@ RULES = (
             *(f"eval.{name}" for name in ("num_data", "batch_size", "num_samples")),
             *(f"eval.likelihood.{name}" for name in ("num_data", "repeats", "num_probes")),
             *("model.nf", "model.num_res_blocks", "model.blocks_per_group", "model.channel_multiplier"),
-            *("model.num_outputs", "model.patch_size"),
+            *("model.num_outputs", "model.patch_size", "model.num_scales"),
         ),
     ),
     ("at least 2", lambda value: value >= 2, ("ems.nodes", "eval.fine_steps")),
@@ -54,7 +55,7 @@ RULES = (
         "positive",
         lambda value: 0 < value < float("inf"),
         (
-            *("optim.lr", "sampling.snr", "training.t_min"),
+            *("optim.lr", "sampling.snr", "training.t_min", "denoiser.sigma_data"),
             *(f"eval.likelihood.{name}" for name in ("t_min", "rtol", "atol")),
         ),
     ),
@@ -66,8 +67,8 @@ RULES = (
         ("model.ch_mult", "eval.steps"),
     ),
     (
-        "None, or the mean and the positive standard deviation of lam",
-        lambda value: value is None or (len(value) == 2 and abs(value[0]) < 100 and 0 < value[1] < 100),
+        "the mean and the positive standard deviation of lam",
+        lambda value: len(value) == 2 and abs(value[0]) < 100 and 0 < value[1] < 100,
         ("training.lam_normal",),
     ),
     ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
@@ -96,9 +97,10 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
         config.sde.n = num_scales
 
     config.denoiser = denoiser = ConfigDict()
-    denoiser.output = SDES[sde]["output"]  # what the network predicts: "eps", "score", "x0" or "v"
+    denoiser.output = SDES[sde]["output"]  # what the network predicts: a key of denoiser.PARAMETERIZATIONS
     denoiser.label = SDES[sde]["label"]  # what it is told of the time: a key of denoiser.LABELS
     denoiser.num_scales = num_scales  # noise levels of a network trained on a discrete chain
+    denoiser.sigma_data = 0.5  # standard deviation of the data, of which the output "edm" alone makes use
 
     config.model = models.ddpmpp()  # arguments of the network `name`
 
@@ -107,11 +109,10 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     training.n_iters = 1_300_000
     training.cooldown = 0  # the last so many of them, during which the learning rate falls to nothing
     training.init = placeholder(str)  # a run or packed model whose averaged parameters it starts from; None: from seed
-    training.continuous = not sde.startswith("discrete")  # times from a continuum, or from a chain's nodes
-    training.t_min = 1e-5  # smallest time trained at
-    training.lam_normal = placeholder(tuple)  # mean and deviation of lam, normal, in place of uniform times
-    training.likelihood_weighting = False
-    training.v_weighting = False  # the error of v in place of that of eps: more weight to large noise
+    training.times = "chain" if sde.startswith("discrete") else "uniform"  # how drawn: a key of losses.TIMES
+    training.t_min = 1e-5  # smallest time trained at, but for those of a chain
+    training.lam_normal = (1.2, 1.2)  # mean and deviation of lam for times "lam_normal"; these are EDM's
+    training.weight = "eps"  # whose error counts: a key of losses.WEIGHTS, as "network", the network's own
     training.reduce_mean = not exploding  # mean over pixels, or half of the sum
     training.label_dropout = 0.0  # share of labels hidden from a class-conditional network, which can then be guided
     training.ema_rate = 0.999 if exploding else 0.9999
@@ -203,6 +204,13 @@ def faces_1024(dataset: str) -> ConfigDict:
     config.training.batch_size = 8
     config.training.ema_rate = 0.9999
     config.sampling.snr = 0.15
+    return config
+
+
+def ncsn(config: ConfigDict) -> ConfigDict:
+    """NCSN's network, in place: its normalizations know each noise level, and it outputs the score undivided."""
+    config.model = models.ncsn(num_scales=config.denoiser.num_scales)
+    config.denoiser.output = "score"
     return config
 
 

@@ -26,7 +26,6 @@ def ddpmpp(**changes) -> ConfigDict:
             progressive_combine="sum",
             embedding_type="positional",
             fourier_scale=16.0,
-            scale_by_sigma=False,
             nonlinearity="swish",
             init_scale=0.0,
             conditional=True,
@@ -45,8 +44,8 @@ def ncsnpp(**changes) -> ConfigDict:
 
 
 def ncsnpp_ve(**changes) -> ConfigDict:
-    """NCSN++ for the VE SDE: told log sigma through random Fourier features, its output divided by sigma."""
-    return ncsnpp(**(dict(embedding_type="fourier", scale_by_sigma=True) | changes))
+    """NCSN++ for the VE SDE: told log sigma through random Fourier features."""
+    return ncsnpp(**(dict(embedding_type="fourier") | changes))
 
 
 def ncsnpp_256(**changes) -> ConfigDict:
@@ -79,7 +78,6 @@ def ddpm(**changes) -> ConfigDict:
             resamp_with_conv=True,
             nonlinearity="swish",
             conditional=True,
-            scale_by_sigma=False,
             dtype="float32",
         )
         | changes
@@ -92,13 +90,13 @@ def ddpm_256(**changes) -> ConfigDict:
 
 
 def ncsnv2(size: int) -> ConfigDict:
-    """NCSNv2 for images of side 64 (and 32), 128 or 256: an unconditional RefineNet, its output divided by sigma."""
-    return _locked(dict(name=f"ncsnv2_{size}", nf=128, nonlinearity="elu", scale_by_sigma=True))
+    """NCSNv2 for images of side 64 (and 32), 128 or 256: an unconditional RefineNet."""
+    return _locked(dict(name=f"ncsnv2_{size}", nf=128, nonlinearity="elu"))
 
 
-def ncsn() -> ConfigDict:
-    """NCSN: a RefineNet whose normalizations are conditional on the index of the noise level."""
-    return _locked(dict(name="ncsn", nf=128, nonlinearity="elu", scale_by_sigma=False))
+def ncsn(*, num_scales: int) -> ConfigDict:
+    """NCSN: a RefineNet whose normalizations are conditional on the index of the noise level, one of num_scales."""
+    return _locked(dict(name="ncsn", nf=128, nonlinearity="elu", num_scales=num_scales))
 
 
 def _locked(arguments: dict) -> ConfigDict:

@@ -152,7 +152,8 @@ def training_command(config, name: str) -> str | None:
 def phrase(made: dict) -> str:
     """What `experiment.history` tells of a model that another started from."""
     hours = f" in {made['training']['hours']:.1f} hours" if made["training"] else ""
-    command = training_command(ConfigDict(made["config"]), made["name"]) or "a config that is not kept here"
+    config = ConfigDict(experiments.translated(made["config"], made["name"]))
+    command = training_command(config, made["name"]) or "a config that is not kept here"
     return f"{made['identity']}, trained for {made['step']} steps{hours} by {command}"
 
 

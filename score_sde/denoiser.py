@@ -7,20 +7,52 @@ eps is the prediction of z in x_t = alpha_t x_0 + sigma_t z; the score is -eps /
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from score_sde.sde import SDE, DiscreteVP, per_image
+from score_sde.sde import SDE, per_image
 
 NoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-# What a network was trained to output, turned into eps: (out, x, alpha, sigma) -> eps.
-OUTPUTS = {
-    "eps": lambda out, x, alpha, sigma: out,
-    "score": lambda out, x, alpha, sigma: -sigma * out,
-    "x0": lambda out, x, alpha, sigma: (x - alpha * out) / sigma,
-    "v": lambda out, x, alpha, sigma: alpha * out + sigma * x,
+
+class Coefficients(NamedTuple):
+    """What makes eps of a network's own output F, each a number or of the shape of t: eps = skip x + out F(inp x)."""
+
+    inp: jax.Array | float
+    skip: jax.Array | float
+    out: jax.Array | float
+
+
+def _v(alpha, sigma, d) -> Coefficients:
+    """F = alpha z - sigma x_0 (Salimans & Ho 2022, appendix D)."""
+    square = alpha**2 + sigma**2
+    rounding = 8 * jnp.finfo(square.dtype).eps
+    square = jnp.where(jnp.abs(square - 1) < rounding, jnp.ones_like(square), square)  # for VP it is 1, not rounded
+    return Coefficients(1.0, sigma / square, alpha / square)
+
+
+def _edm(alpha, sigma, d) -> Coefficients:
+    """F of the denoiser D(y) = d^2 / q^2 y + r d / q F(y / q) at y = x / alpha (Karras et al. 2022, eq. 7, Table 1).
+
+    With r = sigma / alpha and q^2 = r^2 + d^2: for data of standard deviation d, what F sees and what it learns have
+    unit variance at every noise level.
+    """
+    r = sigma / alpha
+    q = jnp.hypot(r, d)
+    return Coefficients(1 / (alpha * q), r / (alpha * q**2), -d / q)
+
+
+# What a network outputs, as F: (alpha, sigma, standard deviation d of the data) -> Coefficients.
+PARAMETERIZATIONS = {
+    "eps": lambda alpha, sigma, d: Coefficients(1.0, 0.0, 1.0),
+    "score": lambda alpha, sigma, d: Coefficients(1.0, 0.0, -sigma),
+    "scaled_score": lambda alpha, sigma, d: Coefficients(1.0, 0.0, -1.0),  # sigma score: NCSN, before it divides
+    "x0": lambda alpha, sigma, d: Coefficients(1.0, 1 / sigma, -alpha / sigma),
+    "v": _v,
+    "edm": _edm,
+    "flow": lambda alpha, sigma, d: Coefficients(1.0, 1 / (alpha + sigma), alpha / (alpha + sigma)),  # F = z - x_0
 }
 
 # What a network is told of the time: (sde, t, number of noise levels) -> label (B,).
@@ -31,29 +63,45 @@ LABELS = {
     "index": lambda sde, t, n: t * (n - 1),  # n discrete steps of VP; not rounded, as published
     "node": lambda sde, t, n: t * n - 1,  # the same where the first node stands at 1 / n (DPM-Solver, Stable Diffusion)
     "lam": lambda sde, t, n: sde.lam(t),  # any SDE; smooth in what few-step solvers integrate over
+    "edm": lambda sde, t, n: -sde.lam(t) / 4,  # log(sigma / alpha) / 4 (Karras et al. 2022, Table 1: c_noise)
     "reversed_index": lambda sde, t, n: jnp.round((1 - t) * (n - 1)),  # n discrete steps of VE, largest sigma first
 }
 
 
+def coefficients(output: str, sde: SDE, t, sigma_data: float = 0.5) -> Coefficients:
+    """Coefficients of a parameterization at times t of an SDE.
+
+    output: a key of PARAMETERIZATIONS; sigma_data: standard deviation of the data, which "edm" alone asks for.
+    """
+    return PARAMETERIZATIONS[output](sde.alpha(t), sde.sigma(t), sigma_data)
+
+
 def noise_fn(
-    network: Callable, sde: SDE, *, output: str, label: str, num_scales: int = 1000, chain: DiscreteVP | None = None
+    network: Callable,
+    sde: SDE,
+    *,
+    output: str,
+    label: str,
+    num_scales: int = 1000,
+    sigma_data: float = 0.5,
+    data_range: tuple[float, float] = (-1.0, 1.0),
 ) -> NoiseFn:
     """The NoiseFn of a network under an SDE.
 
-    network: (x (B, H, W, C), label (B,)) -> (B, H, W, C), with its parameters bound.
-    output: a key of OUTPUTS; label: a key of LABELS; num_scales: the number of noise levels of a discrete label.
-    chain: for a network trained on a discrete chain and used under a continuous SDE as published: its score is
-        -out / sigma of the chain at the node below t.
+    network: (u (B, H, W, C), label (B,)) -> F (B, H, W, C or more), with its parameters bound; channels of F beyond
+        those of x (learned variances) are cut.
+    output, sigma_data: see `coefficients`; label: a key of LABELS; num_scales: the noise levels of a discrete label.
+    data_range: lowest and highest value of the data. Networks are trained on [-1, 1], so u is inp x mapped there: the
+        published 2 x - 1 of VE, whose data are in [0, 1].
     """
+    low, high = data_range
+    scale, shift = 2 / (high - low), (high + low) / (high - low)
 
     def noise(x, t):
         t = jnp.broadcast_to(t, x.shape[:1])
-        out = network(x, LABELS[label](sde, t, num_scales))
-        eps = OUTPUTS[output](out, x, per_image(sde.alpha(t), x), per_image(sde.sigma(t), x))
-        if chain is None:
-            return eps
-        node = jnp.floor(t * (num_scales - 1)) / (num_scales - 1)
-        return eps * per_image(sde.sigma(t) / chain.sigma(node), x)
+        inp, skip, out = (per_image(jnp.asarray(c, x.dtype), x) for c in coefficients(output, sde, t, sigma_data))
+        F = network(scale * (inp * x) - shift, LABELS[label](sde, t, num_scales))
+        return out * F[..., : x.shape[-1]] + skip * x
 
     return noise
 

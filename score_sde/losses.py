@@ -1,8 +1,8 @@
-"""Denoising score matching: one loss, of which the published continuous, SMLD and DDPM losses are cases; and a
-classifier's cross-entropy.
+"""Denoising score matching: one loss, of which all published ones are cases; and a classifier's cross-entropy.
 
-In terms of eps all three are | eps(x_t, t) - z |^2 with x_t = alpha_t x_0 + sigma_t z (Song et al. 2021, eq. 7; Ho et
-al. 2020, eq. 14). They differ in the SDE and in the times drawn: continuous, or the nodes of a chain.
+The loss is w(t) | eps(x_t, t) - z |^2 with x_t = alpha_t x_0 + sigma_t z. Two tables say at which times, TIMES, and
+with which w, WEIGHTS: the continuous, SMLD and DDPM losses (Song et al. 2021, eq. 7; Ho et al. 2020, eq. 14), EDM's
+(Karras et al. 2022) and flow matching's (Lipman et al. 2023) are rows of each, under their own SDE.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,11 @@ from score_sde.denoiser import NoiseFn
 from score_sde.sde import SDE
 
 
-def draw_time(key, shape, *, t_min: float, t_max: float, num_scales: int | None = None):
-    """Times uniform in (t_min, t_max), or uniform among the num_scales nodes i / (num_scales - 1) of a chain."""
-    if num_scales is None:
-        return jax.random.uniform(key, shape, minval=t_min, maxval=t_max)
-    return jax.random.randint(key, shape, 0, num_scales).astype(jnp.float32) / (num_scales - 1)
-
-
-def draw_time_of_lam(key, shape, sde: SDE, *, t_min: float, mean: float, std: float):
+def times_of_lam(key, shape, sde: SDE, *, t_min: float, mean: float, std: float):
     """Times of a normal lam, cut to those of (t_min, t_max) (Karras et al. 2022, Table 1, where ln sigma is -lam).
 
-    Times uniform for VP lie to a half where x_t is hardly more than noise and there is little to learn.
+    Times uniform for VP lie to a half where x_t is hardly more than noise and there is little to learn. On the path of
+    flow matching lam is -logit(t), so that these are its logit-normal times (Esser et al. 2024, section 3.1).
     """
     ends = np.array([sde.t_max, t_min])
     lower, upper = (sde.lam(ends) - mean) / std
@@ -34,31 +28,33 @@ def draw_time_of_lam(key, shape, sde: SDE, *, t_min: float, mean: float, std: fl
     return jnp.clip(sde.t_of_lam(lam), t_min, sde.t_max)  # against rounding
 
 
-def denoising_score_matching(
-    noise: NoiseFn,
-    sde: SDE,
-    x0,
-    t,
-    z,
-    *,
-    likelihood_weighting: bool = False,
-    v_weighting: bool = False,
-    reduce_mean: bool = True,
-):
+# How times are drawn: (key, shape, sde, smallest time, nodes n of a chain, mean and deviation of lam) -> t.
+TIMES = {
+    "uniform": lambda key, shape, sde, t_min, n, lam: jax.random.uniform(key, shape, minval=t_min, maxval=sde.t_max),
+    "chain": lambda key, shape, sde, t_min, n, lam: jax.random.randint(key, shape, 0, n).astype(jnp.float32) / (n - 1),
+    "lam_normal": lambda key, shape, sde, t_min, n, lam: times_of_lam(
+        key, shape, sde, t_min=t_min, mean=lam[0], std=lam[1]
+    ),
+}
+
+# What the squared error of eps is multiplied with: (sde, t, the network's Coefficients at t) -> w (B,).
+WEIGHTS = {
+    "eps": lambda sde, t, own: jnp.ones_like(t),
+    # the error of the network itself, |F - F*|^2: with its rows EDM's loss, flow matching's, and that of v
+    "network": lambda sde, t, own: jnp.broadcast_to(1 / jnp.square(own.out), t.shape),
+    "v": lambda sde, t, own: 1 + jnp.exp(-2 * sde.lam(t)),  # for VP the error of v: "SNR + 1" (Salimans & Ho 2022)
+    "likelihood": lambda sde, t, own: (sde.diffusion(t) / sde.sigma(t)) ** 2,  # a bound (Song et al. 2021b, eq. 7)
+}
+
+
+def denoising_score_matching(noise: NoiseFn, sde: SDE, x0, t, z, *, weight=1.0, reduce_mean: bool = True):
     """Loss of each image: (B,).
 
-    x0, z: (B, H, W, C) data and standard normal noise; t: (B,).
-    likelihood_weighting: weight g(t)^2 / sigma^2 instead of 1, a bound on the likelihood (Song et al. 2021b, eq. 7).
-    v_weighting: weight 1 + exp(-2 lam), for VP the squared error of v (Salimans & Ho 2022, section 4: "SNR + 1").
+    x0, z: (B, H, W, C) data and standard normal noise; t: (B,). weight: (B,), of WEIGHTS.
     reduce_mean: mean over pixels, or half of their sum.
     """
     error = jnp.square(noise(sde.perturb(x0, t, z), t) - z).reshape(len(x0), -1)
-    loss = error.mean(1) if reduce_mean else 0.5 * error.sum(1)
-    if likelihood_weighting:
-        loss *= (sde.diffusion(t) / sde.sigma(t)) ** 2
-    if v_weighting:
-        loss *= 1 + jnp.exp(-2 * sde.lam(t))
-    return loss
+    return weight * (error.mean(1) if reduce_mean else 0.5 * error.sum(1))
 
 
 def log_probability(logits: Callable, y) -> Callable:

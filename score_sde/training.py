@@ -85,13 +85,9 @@ def make_loss(
     sde: SDE,
     preprocess: Callable,
     *,
-    continuous: bool,
-    num_scales: int,
-    t_min: float,
-    likelihood_weighting: bool,
+    times: Callable,
+    weight: Callable,
     reduce_mean: bool,
-    v_weighting: bool = False,
-    lam_normal: tuple[float, float] | None = None,
     label_dropout: float = 0.0,
     null_label: int = 0,
 ) -> Callable:
@@ -100,19 +96,10 @@ def make_loss(
     noise_of: (params, class labels (B,), dropout keys (B,) or None) -> NoiseFn.
     preprocess: (key, uint8 image) -> float image in the model's data range.
     batch: {"image": (B, H, W, C) uint8, "index": (B,) place in the global batch}, and "label" (B,) if there are any.
-    continuous: times in (t_min, t_max); else among the num_scales nodes of the chain.
-    lam_normal: mean and standard deviation of lam at these times, which are uniform if None.
-    likelihood_weighting, v_weighting, reduce_mean: see `losses.denoising_score_matching`.
+    times: key -> t, the time of one example (`losses.TIMES`); weight: t (B,) -> (B,) (`losses.WEIGHTS`).
+    reduce_mean: see `losses.denoising_score_matching`.
     label_dropout: probability that training hides an example's label, as null_label.
     """
-
-    def times(key):
-        if lam_normal is not None:
-            mean, std = lam_normal
-            return losses.draw_time_of_lam(key, (), sde, t_min=t_min, mean=mean, std=std)
-        return losses.draw_time(key, (), t_min=t_min, t_max=sde.t_max, num_scales=None if continuous else num_scales)
-
-    weighting = dict(likelihood_weighting=likelihood_weighting, v_weighting=v_weighting, reduce_mean=reduce_mean)
 
     def loss(params, batch, key, train: bool):
         draws = draw(key, batch["index"], batch["image"].shape[1:], times)
@@ -121,19 +108,20 @@ def make_loss(
         if train and label_dropout:
             y = drop_labels(draws.dropout, y, rate=label_dropout, null=null_label)
         noise = noise_of(params, y, draws.dropout if train else None)
-        return losses.denoising_score_matching(noise, sde, x0, draws.t, draws.z, **weighting)
+        return losses.denoising_score_matching(
+            noise, sde, x0, draws.t, draws.z, weight=weight(draws.t), reduce_mean=reduce_mean
+        )
 
     return loss
 
 
-def make_classifier_loss(logits_of: Callable, sde: SDE, preprocess: Callable, *, t_min: float) -> Callable:
-    """(params, batch, key, train) -> cross-entropy of each example (B,) at times uniform in (t_min, t_max).
+def make_classifier_loss(logits_of: Callable, sde: SDE, preprocess: Callable, *, times: Callable) -> Callable:
+    """(params, batch, key, train) -> cross-entropy of each example (B,).
 
-    logits_of: params -> (x, t) -> (B, K). batch: as for `make_loss`, with "label".
+    logits_of: params -> (x, t) -> (B, K). times, and batch with "label": as for `make_loss`.
     """
 
     def loss(params, batch, key, train: bool):
-        times = lambda key: losses.draw_time(key, (), t_min=t_min, t_max=sde.t_max)
         draws = draw(key, batch["index"], batch["image"].shape[1:], times)
         x0 = jax.vmap(preprocess)(draws.data, batch["image"])
         return losses.cross_entropy(logits_of(params), sde, x0, draws.t, draws.z, batch["label"])

@@ -1,6 +1,7 @@
 """Configs: their resolved values, and that these are the published ones."""
 
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 import experiment
+from score_sde.errors import UserError
 from tests.reference import cases, needs_reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,7 +51,6 @@ NETWORKS["ddpm++"] = dict(
     progressive_combine="sum",
     embedding_type="positional",
     fourier_scale=16.0,
-    scale_by_sigma=False,
     nonlinearity="swish",
     init_scale=0.0,
     conditional=True,
@@ -61,8 +62,7 @@ NETWORKS["ddpm++"] = dict(
 NETWORKS["ddpm++ deep"] = NETWORKS["ddpm++"] | dict(num_res_blocks=8)
 NETWORKS["ncsn++"] = NETWORKS["ddpm++"] | dict(fir=True, progressive_input="residual")
 NETWORKS["ncsn++ deep"] = NETWORKS["ncsn++"] | dict(num_res_blocks=8)
-NETWORKS["ncsn++ smld"] = NETWORKS["ncsn++"] | dict(scale_by_sigma=True)
-NETWORKS["ncsn++ ve"] = NETWORKS["ncsn++ smld"] | dict(embedding_type="fourier")
+NETWORKS["ncsn++ ve"] = NETWORKS["ncsn++"] | dict(embedding_type="fourier")
 NETWORKS["ncsn++ ve deep"] = NETWORKS["ncsn++ ve"] | dict(num_res_blocks=8)
 NETWORKS["ncsn++ 256"] = NETWORKS["ncsn++ ve"] | dict(
     ch_mult=(1, 1, 2, 2, 2, 2, 2),
@@ -82,14 +82,12 @@ NETWORKS["ddpm"] = dict(
     resamp_with_conv=True,
     nonlinearity="swish",
     conditional=True,
-    scale_by_sigma=False,
     dtype="float32",
 )
 NETWORKS["ddpm unconditional"] = NETWORKS["ddpm"] | dict(conditional=False)
-NETWORKS["ddpm smld"] = NETWORKS["ddpm"] | dict(scale_by_sigma=True)
 NETWORKS["ddpm 256"] = NETWORKS["ddpm"] | dict(ch_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)
-NETWORKS["ncsn"] = dict(name="ncsn", nf=128, nonlinearity="elu", scale_by_sigma=False)
-NETWORKS["ncsnv2 64"] = dict(name="ncsnv2_64", nf=128, nonlinearity="elu", scale_by_sigma=True)
+NETWORKS.update({f"ncsn {n}": dict(name="ncsn", nf=128, nonlinearity="elu", num_scales=n) for n in (10, 232, 500)})
+NETWORKS["ncsnv2 64"] = dict(name="ncsnv2_64", nf=128, nonlinearity="elu")
 NETWORKS["ncsnv2 128"] = NETWORKS["ncsnv2 64"] | dict(name="ncsnv2_128")
 
 # Every field on which a published result depends, but for the network and the SDE.
@@ -108,9 +106,9 @@ BASE = {
     "denoiser.num_scales": 1000,
     "training.batch_size": 128,
     "training.n_iters": 1_300_000,
-    "training.continuous": True,
+    "training.times": "uniform",
     "training.t_min": 1e-5,
-    "training.likelihood_weighting": False,
+    "training.weight": "eps",
     "training.reduce_mean": True,
     "training.ema_rate": 0.9999,
     "training.log_freq": 50,
@@ -142,20 +140,20 @@ DEEP = {"training.n_iters": 950_000, "model": "ddpm++ deep"}
 DDPM = {
     "sde": VP["sde"] | dict(name="discrete_vp", n=1000),
     "denoiser.label": "index",
-    "training.continuous": False,
+    "training.times": "chain",
     "sampling.predictor": "ancestral_sampling",
 }
 VE = {
     "sde": dict(name="ve", sigma_min=0.01, sigma_max=50.0, t_min=1e-5),
     "data.centered": False,
-    "denoiser.output": "score",
+    "denoiser.output": "scaled_score",
     "denoiser.label": "sigma",
     "training.reduce_mean": False,
     "training.ema_rate": 0.999,
     "sampling.corrector": "langevin",
     "model": "ncsn++ ve",
 }
-SMLD = VE | {"denoiser.label": "reversed_index", "training.continuous": False, "model": "ncsn++ smld"}
+SMLD = VE | {"denoiser.label": "reversed_index", "training.times": "chain", "model": "ncsn++"}
 NCSN = SMLD | {
     "optim.lr": 1e-3,
     "optim.warmup": 0,
@@ -163,9 +161,9 @@ NCSN = SMLD | {
     "sampling.predictor": "none",
     "sampling.corrector": "ald",
     "sampling.corrector_steps": 5,
-    "model": "ncsn",
+    "denoiser.output": "score",
 }
-NCSNV2 = NCSN | {"optim.lr": 1e-4, "model": "ncsnv2 64"}
+NCSNV2 = NCSN | {"optim.lr": 1e-4, "denoiser.output": "scaled_score", "model": "ncsnv2 64"}
 FEW = {"sampling.corrector_steps": 100, "sampling.snr": 0.316}  # with 10 noise levels
 NO_EMA = {"training.ema_rate": 0.0}
 CELEBA = {"data.dataset": "celeb_a", "data.image_size": 64, "data.crop": 140, "data.resize": "resize_crop"}
@@ -220,20 +218,20 @@ PUBLISHED = {
     "ve/celebahq_256_ncsnpp_continuous": VE_256 | HQ | levels(2000, 348.0),
     "ve/celebahq_ncsnpp_continuous": VE_1024 | {"data.dataset": "celeb_a_hq/1024"},
     "ve/church_ncsnpp_continuous": VE_256 | CHURCH | levels(2000, 380.0),
-    "ve/cifar10_ddpm": SMLD | {"model": "ddpm smld"},
+    "ve/cifar10_ddpm": SMLD | {"model": "ddpm"},
     "ve/cifar10_ncsnpp": SMLD,
     "ve/cifar10_ncsnpp_continuous": VE,
     "ve/cifar10_ncsnpp_deep_continuous": VE | DEEP | {"model": "ncsn++ ve deep"},
     "ve/ffhq_256_ncsnpp_continuous": VE_256 | FFHQ | levels(2000, 348.0),
     "ve/ffhq_ncsnpp_continuous": VE_1024 | FFHQ | {"training.reduce_mean": True},
-    "ve/ncsn/celeba": NCSN | CELEBA | levels(10, 1.0) | FEW | NO_EMA,
-    "ve/ncsn/celeba_124": NCSN | CELEBA | levels(500, 90.0) | {"sampling.snr": 0.128} | NO_EMA,
-    "ve/ncsn/celeba_1245": NCSN | CELEBA | levels(500, 90.0) | {"sampling.snr": 0.128},
-    "ve/ncsn/celeba_5": NCSN | CELEBA | levels(10, 1.0) | FEW,
-    "ve/ncsn/cifar10": NCSN | levels(10, 1.0) | FEW | NO_EMA,
-    "ve/ncsn/cifar10_124": NCSN | levels(232, 50.0) | {"sampling.snr": 0.176} | NO_EMA,
-    "ve/ncsn/cifar10_1245": NCSN | levels(232, 50.0) | {"sampling.snr": 0.176},
-    "ve/ncsn/cifar10_5": NCSN | levels(10, 1.0) | FEW,
+    "ve/ncsn/celeba": NCSN | CELEBA | levels(10, 1.0) | FEW | NO_EMA | {"model": "ncsn 10"},
+    "ve/ncsn/celeba_124": NCSN | CELEBA | levels(500, 90.0) | {"sampling.snr": 0.128} | NO_EMA | {"model": "ncsn 500"},
+    "ve/ncsn/celeba_1245": NCSN | CELEBA | levels(500, 90.0) | {"sampling.snr": 0.128} | {"model": "ncsn 500"},
+    "ve/ncsn/celeba_5": NCSN | CELEBA | levels(10, 1.0) | FEW | {"model": "ncsn 10"},
+    "ve/ncsn/cifar10": NCSN | levels(10, 1.0) | FEW | NO_EMA | {"model": "ncsn 10"},
+    "ve/ncsn/cifar10_124": NCSN | levels(232, 50.0) | {"sampling.snr": 0.176} | NO_EMA | {"model": "ncsn 232"},
+    "ve/ncsn/cifar10_1245": NCSN | levels(232, 50.0) | {"sampling.snr": 0.176} | {"model": "ncsn 232"},
+    "ve/ncsn/cifar10_5": NCSN | levels(10, 1.0) | FEW | {"model": "ncsn 10"},
     "ve/ncsnv2/bedroom": NCSNV2
     | LARGE
     | BEDROOM
@@ -292,8 +290,7 @@ OBJECTIVES = {
 SAME = (
     "seed",
     *("data.image_size", "data.num_channels", "data.centered", "data.random_flip", "data.uniform_dequantization"),
-    *("training.batch_size", "training.continuous", "training.likelihood_weighting", "training.reduce_mean"),
-    *("training.log_freq", "training.eval_freq"),
+    *("training.batch_size", "training.reduce_mean", "training.log_freq", "training.eval_freq"),
     *("optim.lr", "optim.beta1", "optim.eps", "optim.weight_decay", "optim.warmup", "optim.grad_clip"),
     *("sampling.predictor", "sampling.corrector", "sampling.snr", "sampling.probability_flow"),
 )
@@ -345,15 +342,22 @@ CORRECTED = {
 def translated(official: dict) -> dict:
     """Our fields of an official config; an official field that nothing here knows is an error."""
     official = dict(official)
-    sde, continuous = official.pop("training.sde"), official["training.continuous"]
+    sde, continuous = official.pop("training.sde"), official.pop("training.continuous")
     name, output, label = OBJECTIVES[sde, continuous]
+    if official.pop("model.scale_by_sigma"):  # which divides by the very sigma of the score
+        assert output == "score"
+        output = "scaled_score"
     ours = {"sde.name": name, "denoiser.output": output, "denoiser.label": label}
+    ours["training.times"] = "uniform" if continuous else "chain"
+    ours["training.weight"] = "likelihood" if official.pop("training.likelihood_weighting") else "eps"
     image = (official.pop("data.dataset"), official.pop("data.category", None), official["data.image_size"])
     ours["data.dataset"] = DATASETS[image]
     ours["training.n_iters"] = official.pop("training.n_iters") - 1  # which counts step 0
     ours["denoiser.num_scales"] = ours["sampling.pc_steps"] = official.pop("model.num_scales")
     if name == "discrete_vp":
         ours["sde.n"] = ours["sampling.pc_steps"]
+    if official["model.name"] == "ncsn":
+        ours["model.num_scales"] = ours["sampling.pc_steps"]
     unread = UNREAD[official["model.name"]] + UNREAD[sde]
     for field, value in official.items():
         section, _, last = field.partition(".")
@@ -392,6 +396,93 @@ def test_equal_to_the_published_file(name):
     assert extra - set(official) - unset <= own
 
 
+# ------------------------------------------------------------------------------------------------ older files
+
+# What `training` said before there were tables, and what it says now.
+OLD_TRAINING = {
+    "uniform": (dict(continuous=True), dict(times="uniform", weight="eps")),
+    "without the younger fields": (dict(continuous=True, lam_normal=None), dict(times="uniform", weight="eps")),
+    "chain": (
+        dict(continuous=False, likelihood_weighting=False, v_weighting=False, lam_normal=None),
+        dict(times="chain", weight="eps"),
+    ),
+    "likelihood": (dict(continuous=True, likelihood_weighting=True), dict(times="uniform", weight="likelihood")),
+    "lam": (
+        dict(continuous=True, lam_normal=[0.8, 1.5], v_weighting=True),
+        dict(times="lam_normal", lam_normal=(0.8, 1.5), weight="v"),
+    ),
+}
+# What networks said of SDE and data range, and what `model` and `denoiser` say now.
+OLD_NETWORKS = {
+    "ve/cifar10_ncsnpp_continuous": dict(scale_by_sigma=True, output="score"),
+    "ve/cifar10_ncsnpp": dict(scale_by_sigma=True, output="score"),
+    "ve/cifar10_ddpm": dict(scale_by_sigma=True, output="score"),
+    "ve/ncsnv2/cifar10": dict(scale_by_sigma=True, output="score"),
+    "ve/ncsn/cifar10": dict(scale_by_sigma=False, output="score"),
+    "vp/ddpm/cifar10": dict(scale_by_sigma=False, output="eps"),
+}
+
+
+def older(config: ConfigDict, training: dict, network: dict) -> dict:
+    """A config.json as it was written before: `training` and `network` say what is now in other words."""
+    fields = config.to_dict()
+    for field in ("times", "weight", "lam_normal"):
+        del fields["training"][field]
+    del fields["denoiser"]["sigma_data"]
+    fields["model"].pop("num_scales", None)
+    fields["denoiser"]["output"] = network.pop("output", fields["denoiser"]["output"])
+    fields["training"] |= training
+    fields["model"] |= network
+    return fields
+
+
+def plain(config: ConfigDict) -> dict:
+    """As JSON gives it back, which has lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def reopened(folder: pathlib.Path, fields: dict) -> ConfigDict:
+    (folder / "config.json").write_text(json.dumps(fields))
+    return experiment.read_config(folder)
+
+
+@pytest.mark.parametrize("name", OLD_TRAINING)
+def test_losses_of_older_runs(name, tmp_path):
+    before, now = OLD_TRAINING[name]
+    config = load("digits").get_config()
+    fields = reopened(tmp_path, older(config, dict(before), dict(scale_by_sigma=False)))
+    config.training.update(now)
+    assert plain(fields) == plain(config)
+
+
+@pytest.mark.parametrize("name", OLD_NETWORKS)
+def test_networks_of_older_runs(name, tmp_path):
+    """A run of each published family is today's config again."""
+    config = load(name).get_config()
+    before = older(config, dict(continuous=config.training.times == "uniform"), dict(OLD_NETWORKS[name]))
+    assert plain(reopened(tmp_path, before)) == plain(config)
+
+
+def test_an_older_run_of_v_has_the_weight_of_its_network(tmp_path):
+    config = load("cifar10_small").get_config()
+    before = older(config, dict(continuous=True, v_weighting=True, lam_normal=[0.8, 1.5]), dict(scale_by_sigma=False))
+    assert reopened(tmp_path, before).training.weight == "network"
+    experiment.claim_workdir(tmp_path, config)  # which refuses a run of another config
+
+
+@pytest.mark.parametrize(
+    "name, output, told",
+    [
+        ("digits", "eps", "scale_by_sigma is no more"),
+        ("digits_subvp", "v", "output v under the SDE subvp has changed"),
+    ],
+)
+def test_older_runs_without_a_meaning_today_are_refused(name, output, told, tmp_path):
+    fields = older(load(name).get_config(), dict(continuous=True), dict(scale_by_sigma=name == "digits", output=output))
+    with pytest.raises(UserError, match=f"config.json: .*{told}.*train it again"):
+        reopened(tmp_path, fields)
+
+
 # ------------------------------------------------------------------------------------------------ the files
 
 
@@ -421,7 +512,7 @@ def test_builds(name, monkeypatch):
     trace = experiment.Experiment.params_template
 
     def traced_once(self):
-        key = (self.config.model.to_json(), self.image_shape, self.config.denoiser.num_scales)
+        key = (self.config.model.to_json(), self.image_shape)
         if key not in TEMPLATES:
             TEMPLATES[key] = trace(self)
         return TEMPLATES[key]

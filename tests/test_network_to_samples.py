@@ -94,8 +94,8 @@ def test_published_predictor_corrector_runs_of_a_network(name):
     ve = info["sde"][0] == "VESDE"
     _, apply = network(re.match("net_(.*)_[a-z]+_[a-z]+$", name)[1], "float32")
     sde, _ = sde_of(info)
-    output, label = ("score", "sigma") if ve else ("eps", "time")
-    noise = denoiser.noise_fn(apply, sde, output=output, label=label)
+    told = dict(output="scaled_score", label="sigma", data_range=(0.0, 1.0)) if ve else dict(output="eps", label="time")
+    noise = denoiser.noise_fn(apply, sde, **told)
     draws = jnp.asarray(reference.nhwc(stored[f"{name}/noise"]))
     out = jax.jit(
         lambda draws: predictor_corrector.sample(

@@ -1,5 +1,6 @@
 """DDPM, NCSN, NCSNv2 and the classifier: equal to the published implementations; and files that those wrote."""
 
+import dataclasses
 import functools
 import io
 import os
@@ -23,7 +24,6 @@ from score_sde.importers.foreign import read_checkpoint
 from score_sde.models import MODELS
 from score_sde.models.classifier import WideResnet
 from score_sde.models.ddpm import DDPM
-from score_sde.models.layers import sigma_at
 from score_sde.models.ncsnv2 import (
     NCSN,
     ConditionalResidualBlock,
@@ -33,7 +33,7 @@ from score_sde.models.ncsnv2 import (
     ncsnv2_256,
 )
 from tests import reference
-from tests.test_models import synthetic
+from tests.test_models import official, synthetic
 
 SLOW = bool(os.environ.get("ALL_NETWORKS"))  # full-size networks as well, which take minutes
 
@@ -41,8 +41,8 @@ SLOW = bool(os.environ.get("ALL_NETWORKS"))  # full-size networks as well, which
 def build(config: dict):
     """The network that an official config describes."""
     model, make = config["model"], MODELS[config["model"]["name"]]
-    known = getattr(make, "func", make).__dataclass_fields__.keys() - {"name"}
-    return make(**{key: value for key, value in model.items() if key in known}, centered=config["data"]["centered"])
+    known = {field.name for field in dataclasses.fields(getattr(make, "func", make))} - {"name"}
+    return make(**{key: value for key, value in model.items() if key in known})
 
 
 def weights(name: str, shape, config: dict) -> np.ndarray:
@@ -85,11 +85,11 @@ def shapes_of(network, image_shape) -> dict[str, list[int]]:
     return {path: list(leaf.shape) for path, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
 
-def check(network, params, x, figures, name: str, tolerance: float = 2e-5) -> None:
+def check(config, network, params, x, figures, name: str, tolerance: float = 2e-5) -> None:
     """Both calls of a case at once."""
     labels = [np.asarray(figures[f"{name}/labels{q}"], np.float32) for q in (0, 1)]
     expected = np.concatenate([figures[f"{name}/out{q}"] for q in (0, 1)])
-    out = jax.jit(network.apply)({"params": params}, np.concatenate([x, x]), np.concatenate(labels))
+    out = jax.jit(official(config, network))(params, np.concatenate([x, x]), np.concatenate(labels))
     assert out.dtype == jnp.float32
     for half in (slice(0, len(x)), slice(len(x), None)):  # the two calls' outputs differ in scale
         error = np.abs(out[half] - expected[half]).max() / np.abs(expected[half]).max()
@@ -115,7 +115,8 @@ def test_ddpm_equals_published(group, name):
     stored = reference.arrays(group)
     figures = {key: stored[key] for key in (f"{name}/labels0", f"{name}/labels1")}
     figures |= {key: reference.nhwc(stored[key]) for key in (f"{name}/out0", f"{name}/out1")}
-    check(network, from_torch(state, network, x.shape[1:]), x, figures, name)
+    config = reference.cases(group)[name]["config"]
+    check(config, network, from_torch(state, network, x.shape[1:]), x, figures, name)
 
 
 @reference.needs_reference
@@ -123,7 +124,8 @@ def test_ddpm_equals_published(group, name):
 def test_refinenets_equal_published_with_weights_from_pytorch(name):
     """The PyTorch case has the arithmetic of the JAX code, and so verifies the mapping of parameters."""
     network, state, x = case("A_ncsn_jaxlike", name)
-    check(network, from_torch(state, network, x.shape[1:]), x, reference.arrays("F_jax_A_ncsn_jaxlike"), name)
+    config, figures = reference.cases("A_ncsn_jaxlike")[name]["config"], reference.arrays("F_jax_A_ncsn_jaxlike")
+    check(config, network, from_torch(state, network, x.shape[1:]), x, figures, name)
 
 
 @reference.needs_reference
@@ -132,7 +134,8 @@ def test_refinenets_equal_published(name):
     meta, figures = reference.cases("F_ncsn_jax")[name], reference.arrays("F_ncsn_jax")
     network, x = build(meta["config"]), figures[f"{name}/x"]
     params = {path: weights_by_path(path, shape) for path, shape in meta["params"]}
-    check(network, from_flax(traverse_util.unflatten_dict(params, sep="/"), network, x.shape[1:]), x, figures, name)
+    params = from_flax(traverse_util.unflatten_dict(params, sep="/"), network, x.shape[1:])
+    check(meta["config"], network, params, x, figures, name)
 
 
 @reference.needs_reference
@@ -260,9 +263,9 @@ def test_gradient_at_an_image_of_one_colour_is_finite():
 
 LEVELS = {"nf": 4, "widths": (1, 2, 2), "dilations": (1, 1, 2), "refine_widths": (2, 1, 1)}  # two resolutions
 TINY = {
-    "ddpm": DDPM(nf=32, ch_mult=[1, 2], num_res_blocks=0, attn_resolutions=[4], scale_by_sigma=True, dropout=0.5),
+    "ddpm": DDPM(nf=32, ch_mult=[1, 2], num_res_blocks=0, attn_resolutions=[4], dropout=0.5),
     "ncsnv2": NCSNv2(**LEVELS),
-    "ncsn": NCSN(**LEVELS, scale_by_sigma=True),
+    "ncsn": NCSN(**LEVELS),
 }
 
 
@@ -303,12 +306,6 @@ def test_forward_and_reverse_mode_of_a_refinenet_agree(x64):
 
     tangent, pulled = derivatives(x)
     np.testing.assert_allclose((pulled * direction).sum(), (tangent * cotangent).sum(), rtol=1e-10)
-
-
-def test_labels_are_indices_into_falling_noise_levels():
-    """Truncated, since a label is a float."""
-    sigma = sigma_at(jnp.asarray([0.0, 0.9, 1.0, 2.0]), 0.01, 1.0, 3)
-    np.testing.assert_allclose(sigma, [1.0, 1.0, 0.1, 0.01], rtol=1e-6)
 
 
 def initial(module, *inputs) -> dict[str, np.ndarray]:
@@ -455,9 +452,9 @@ def test_all_files_hold_the_same_parameters():
 @reference.needs_reference
 def test_networks_from_files_equal_published():
     network, figures = checkpoint_case()
-    apply = jax.jit(network.apply)
+    apply = jax.jit(official(reference.description("ckpt/expected")["config"], network))
     for params, which in zip(imported(FILES[0]), ("model", "ema"), strict=True):
-        out = apply({"params": params}, reference.nhwc(figures["x"]), figures["labels"])
+        out = apply(params, reference.nhwc(figures["x"]), figures["labels"])
         expected = reference.nhwc(figures[f"out_{which}"])
         error = np.abs(out - expected).max() / np.abs(expected).max()
         print(f"checkpoint {which} {error:.1e}")

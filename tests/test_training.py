@@ -58,10 +58,8 @@ def toy_loss(sde, network=lambda params, x: params["a"] * jnp.tanh(x) + params["
         lambda params, y, keys: lambda x, t: network(params, x),
         sde,
         lambda key, image: image.astype(jnp.float32) / 127.5 - 1.0,
-        continuous=True,
-        num_scales=1000,
-        t_min=1e-5,
-        likelihood_weighting=False,
+        times=lambda key: jax.random.uniform(key, minval=1e-5),
+        weight=jnp.ones_like,
         reduce_mean=True,
     )
 

@@ -10,5 +10,5 @@ from configs import base, models
 
 def get_config():
     config = base.get_config("discrete_ve")
-    config.model = models.ddpm(scale_by_sigma=True)
+    config.model = models.ddpm()
     return config

@@ -83,7 +83,7 @@ def fitting_configs(convert: Callable, params: dict) -> list[str]:
         if config.model.name in CLASSIFIERS:
             continue
         shape = experiments.image_shape(config)
-        key = (str(config.model), shape, config.denoiser.num_scales)
+        key = (str(config.model), shape)
         if key not in verdicts:
             network = experiments.build_network(config)
             try:

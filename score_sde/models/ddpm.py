@@ -20,7 +20,6 @@ from score_sde.models.layers import (
     default_init,
     require,
     require_multiple,
-    sigma_at,
     sinusoidal_embedding,
 )
 
@@ -47,7 +46,7 @@ class DDPM(nn.Module):
     """The U-Net of DDPM; the defaults are those for CIFAR-10.
 
     `network(x, label, y=None, dropout_keys=None)`:
-        x       (B, H, W, C), H and W multiples of 2^(levels - 1); data range [-1, 1] if `centered`, else [0, 1] + noise
+        x       (B, H, W, C), H and W multiples of 2^(levels - 1); data range [-1, 1]
         label   (B,) what the sinusoidal embedding gets; need not be whole
         y       None: this network has no classes
         dropout_keys    (B,) PRNG keys, one for each example: turns dropout on
@@ -60,8 +59,6 @@ class DDPM(nn.Module):
     Arguments have the official names. Those that are not self-explanatory:
         resamp_with_conv    whether convolutions follow nearest upsampling, and stand in for averages in downsampling
         conditional         whether blocks see the label
-        scale_by_sigma      divide the output by a noise level, of which the label is the index: num_scales values fall
-                            geometrically from sigma_max to sigma_min; these three arguments have no other use
     """
 
     nf: int = 128
@@ -72,11 +69,6 @@ class DDPM(nn.Module):
     resamp_with_conv: bool = True
     nonlinearity: str = "swish"
     conditional: bool = True
-    scale_by_sigma: bool = False
-    centered: bool = True
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
-    num_scales: int = 1000
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -101,8 +93,7 @@ class DDPM(nn.Module):
         def attention(h: Array) -> Array:
             return AttnBlock(dtype=dtype)(h)
 
-        h = x if self.centered else 2.0 * x - 1.0
-        h = conv3x3(self.nf, dtype)(h.astype(dtype))
+        h = conv3x3(self.nf, dtype)(x.astype(dtype))
         skips = [h]
         for level, multiplier in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
@@ -127,12 +118,7 @@ class DDPM(nn.Module):
             if level > 0:
                 h = Upsample(None, self.resamp_with_conv, dtype=dtype)(h)
 
-        h = conv3x3(x.shape[-1], dtype, init_scale=0.0)(act(GroupNorm(dtype, GROUPS)(h)))
-        h = h.astype(x.dtype)
-        if not self.scale_by_sigma:
-            return h
-        sigma = sigma_at(label, self.sigma_min, self.sigma_max, self.num_scales)
-        return h / sigma.astype(x.dtype)[:, None, None, None]
+        return conv3x3(x.shape[-1], dtype, init_scale=0.0)(act(GroupNorm(dtype, GROUPS)(h))).astype(x.dtype)
 
     def _embedding(self, label: Array, dtype: jnp.dtype) -> Array:
         """(B,) -> (B, 4 nf). The sines are computed in the label's own precision."""

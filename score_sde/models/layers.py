@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -42,12 +41,6 @@ def require_multiple(x: Array, multiple: int) -> None:
         raise UserError(
             f"image size {height} x {width} does not fit this network: height and width must be multiples of {multiple}"
         )
-
-
-def sigma_at(label: Array, sigma_min: float, sigma_max: float, num_scales: int) -> Array:
-    """(B,) noise levels of indices (B,), truncated: num_scales values that fall geometrically from sigma_max."""
-    table = np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), num_scales))
-    return jnp.asarray(table, label.dtype)[label.astype(jnp.int32)]
 
 
 def default_init(scale: float = 1.0) -> nn.initializers.Initializer:

@@ -23,7 +23,6 @@ from score_sde.models.layers import (
     merge,
     require,
     require_multiple,
-    sigma_at,
     sinusoidal_embedding,
 )
 from score_sde.models.resample import depth_to_space, space_to_depth
@@ -43,8 +42,7 @@ class NCSNpp(nn.Module):
     """The noise-conditional U-Net of Appendix H; the defaults are the published CIFAR-10 DDPM++ (continuous).
 
     `network(x, label, y=None, dropout_keys=None)`:
-        x       (B, H, W, C), H and W multiples of patch_size 2^(levels - 1); data range [-1, 1] if `centered`, else
-                [0, 1] + noise
+        x       (B, H, W, C), H and W multiples of patch_size 2^(levels - 1); data range [-1, 1]
         label   (B,) what the embedding gets: sigma itself if "fourier" (the logarithm is taken here), else any label
         y       (B,) int32 classes, if `num_classes`; `num_classes` itself, or y=None, means "no class"
         dropout_keys    (B,) PRNG keys, one for each example: turns dropout on
@@ -61,9 +59,6 @@ class NCSNpp(nn.Module):
         progressive_input   the downsampled input at each resolution, likewise; "input_skip" obeys progressive_combine
         init_scale          scale of the last layer of each branch and of the network; 0 means almost zero
         conditional         whether blocks see the embedding
-        scale_by_sigma      divide the output by sigma: the label if "fourier". Else, as for discretely trained VE
-                            models, the label is an index into num_scales values that fall geometrically from sigma_max
-                            to sigma_min; these three arguments have no other use.
     Not in the official code: num_classes (class embedding, added to that of the noise level, as in Dhariwal & Nichol
     2021), dtype (of the computation), remat (recompute the blocks in the backward pass, to save memory), patch_size
     (each square of so many pixels enters and leaves as one pixel with its values as channels, as in Hoogeboom et al.,
@@ -86,13 +81,8 @@ class NCSNpp(nn.Module):
     embedding_type: str = "positional"
     init_scale: float = 0.0
     fourier_scale: float = 16.0
-    scale_by_sigma: bool = False
     nonlinearity: str = "swish"
     conditional: bool = True
-    centered: bool = True
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
-    num_scales: int = 1000
     num_classes: int = 0
     dtype: str = "float32"
     remat: bool = False
@@ -149,8 +139,7 @@ class NCSNpp(nn.Module):
         def to_image(h: Array, channels: int = image_channels, init_scale: float = self.init_scale) -> Array:
             return conv3x3(channels, dtype, init_scale)(act(GroupNorm(dtype)(h)))
 
-        h = x if self.centered else 2.0 * x - 1.0
-        h = input_pyramid = space_to_depth(h.astype(dtype), self.patch_size)
+        h = input_pyramid = space_to_depth(x.astype(dtype), self.patch_size)
 
         h = conv3x3(self.nf, dtype)(h)
         skips = [h]
@@ -192,12 +181,7 @@ class NCSNpp(nn.Module):
                 h = upsample(h)
 
         h = pyramid if self.progressive == "output_skip" else to_image(h)
-        h = depth_to_space(h, self.patch_size).astype(x.dtype)
-        if not self.scale_by_sigma:
-            return h
-        fourier = self.embedding_type == "fourier"
-        sigma = label if fourier else sigma_at(label, self.sigma_min, self.sigma_max, self.num_scales)
-        return h / sigma.astype(x.dtype)[:, None, None, None]
+        return depth_to_space(h, self.patch_size).astype(x.dtype)
 
     def _embedding(self, label: Array, y: Array | None, dtype: jnp.dtype) -> Array | None:
         """(B,) noise levels and classes -> (B, 4 nf). The features are computed in the label's own precision."""

@@ -1,7 +1,8 @@
 """NCSN (Song & Ermon 2019) and NCSNv2 (Song & Ermon 2020): RefineNets (Lin et al. 2017) with dilated convolutions.
 
-The two differ in their normalization. NCSN's scales and shifts depend on the noise level; NCSNv2 knows it only as the
-divisor of its output. Each block is therefore one class, whose conditional variant has its own name and normalization.
+The two differ in their normalization. NCSN's scales and shifts depend on the noise level, which NCSNv2 is not told: its
+output is the score times that level. Each block is therefore one class, whose conditional variant has its own name and
+normalization.
 
 Shapes: images (B, H, W, C), indices of noise levels (B,) int32. Class and parameter names, resizing with half-pixel
 centres and biased variances are those of the official JAX code, on whose checkpoints the PyTorch code differs.
@@ -24,7 +25,6 @@ from score_sde.models.layers import (
     at_least_float32,
     require,
     require_multiple,
-    sigma_at,
 )
 from score_sde.models.resample import downsample_2d
 
@@ -253,11 +253,11 @@ class NCSNv2(nn.Module):
     """NCSNv2 for images of side 32 and 64 ("ncsnv2_64" of the official code).
 
     `network(x, label, y=None, dropout_keys=None)`:
-        x       (B, H, W, C), H and W even; data range [-1, 1] if `centered`, else [0, 1] + noise
-        label   (B,) index of the noise level, truncated, among num_scales values that fall geometrically from sigma_max
+        x       (B, H, W, C), H and W even; data range [-1, 1]
+        label   (B,) index of the noise level, truncated; without effect in NCSNv2
         y       None: this network has no classes
         dropout_keys    without effect: this network has no dropout
-    The result has the shape and type of x; it is the score, if divided by the noise level (`scale_by_sigma`).
+    The result has the shape and type of x.
 
     Two residual blocks a level: level i has nf * widths[i] features and dilation dilations[i]; levels after the first
     halve the resolution, if not dilated. Then one RefineBlock a level, coarsest first, of nf * refine_widths features;
@@ -266,15 +266,11 @@ class NCSNv2(nn.Module):
 
     nf: int = 128
     nonlinearity: str = "elu"
-    scale_by_sigma: bool = True
-    centered: bool = False
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
-    num_scales: int = 232
     dtype: str = "float32"
     widths: Sequence[int] = (1, 2, 2, 2)
     dilations: Sequence[int] = (1, 1, 2, 4)
     refine_widths: Sequence[int] = (2, 2, 2, 1)
+    num_scales: ClassVar[int] = 0
     layers: ClassVar = (InstanceNorm2dPlus, ResidualBlock, RefineBlock)
 
     def __post_init__(self) -> None:
@@ -292,8 +288,7 @@ class NCSNv2(nn.Module):
         Norm, Residual, Refine = self.layers
         shared = {"act": act, "num_scales": self.num_scales, "dtype": dtype}
 
-        h = x if self.centered else 2.0 * x - 1.0
-        h = conv(self.nf, h.shape[-1], dtype)(h.astype(dtype))
+        h = conv(self.nf, x.shape[-1], dtype)(x.astype(dtype))
         levels = []
         for level, (width, dilation) in enumerate(zip(self.widths, self.dilations, strict=True)):
             for down in (level > 0, False):
@@ -306,18 +301,12 @@ class NCSNv2(nn.Module):
             refined = [Refine(self.nf * width, **shared, output_blocks=last)([levels[level], *refined], index)]
 
         h = act(Norm(self.num_scales, dtype)(refined[0], index))
-        h = conv(x.shape[-1], h.shape[-1], dtype)(h).astype(x.dtype)
-        if not self.scale_by_sigma:
-            return h
-        sigma = sigma_at(label, self.sigma_min, self.sigma_max, self.num_scales)
-        return h / sigma.astype(x.dtype)[:, None, None, None]
+        return conv(x.shape[-1], h.shape[-1], dtype)(h).astype(x.dtype)
 
 
 class NCSN(NCSNv2):
-    """NCSN: called as NCSNv2, which see. Every normalization is conditional on the index of the noise level."""
+    """NCSN: called as NCSNv2, which see. Every normalization is conditional on the index among num_scales levels."""
 
-    scale_by_sigma: bool = False
-    sigma_max: float = 1.0
     num_scales: int = 10
     layers: ClassVar = (ConditionalInstanceNorm2dPlus, ConditionalResidualBlock, CondRefineBlock)
 

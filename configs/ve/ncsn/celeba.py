@@ -6,12 +6,12 @@
 (Song & Ermon 2020, Table 1). Not run here.
 """
 
-from configs import base, models
+from configs import base
 
 
 def get_config():
     config = base.celeba(num_scales=10)
     config.sde.sigma_max = 1.0
-    config.model = models.ncsn()
+    base.ncsn(config)
     config.training.ema_rate = 0.0
     return base.annealed_langevin(config, lr=1e-3, snr=0.316, corrector_steps=100)

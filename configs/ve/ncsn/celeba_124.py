@@ -5,11 +5,11 @@
 57.4 M parameters, 1.3 M steps of batch 128. Not run here.
 """
 
-from configs import base, models
+from configs import base
 
 
 def get_config():
     config = base.celeba(num_scales=500)
-    config.model = models.ncsn()
+    base.ncsn(config)
     config.training.ema_rate = 0.0
     return base.annealed_langevin(config, lr=1e-3, snr=0.128, corrector_steps=5)

@@ -5,10 +5,10 @@
 44.8 M parameters, 1.3 M steps of batch 128. Not run here.
 """
 
-from configs import base, models
+from configs import base
 
 
 def get_config():
     config = base.get_config("discrete_ve", num_scales=232)
-    config.model = models.ncsn()
+    base.ncsn(config)
     return base.annealed_langevin(config, lr=1e-3, snr=0.176, corrector_steps=5)

@@ -5,11 +5,11 @@
 34.4 M parameters, 1.3 M steps of batch 128. Not run here.
 """
 
-from configs import base, models
+from configs import base
 
 
 def get_config():
     config = base.get_config("discrete_ve", num_scales=10)
     config.sde.sigma_max = 1.0
-    config.model = models.ncsn()
+    base.ncsn(config)
     return base.annealed_langevin(config, lr=1e-3, snr=0.316, corrector_steps=100)
