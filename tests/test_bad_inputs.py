@@ -51,6 +51,7 @@ NETWORK = "nf=8, ch_mult=(1,), attn_resolutions=()"
 CONFIGS = {
     "tiny.py": TINY.format("digits", NETWORK),
     "ve.py": TINY.format("digits_ve", NETWORK),
+    "flow.py": TINY.format("digits_flow", NETWORK),
     "by_class.py": TINY.format("digits_conditional", NETWORK),
     "classifier.py": TINY.format("classifier.digits", ""),
     "syntax.py": "def get_config(:\n    return 1\n",
@@ -265,6 +266,7 @@ BAD = {
     "end at zero": (TRAIN + "--config.sde.t_min=0.0", "t_min", "0"),
     "unknown output": (TRAIN + "--config.denoiser.output=noise", "'noise'", "eps"),
     "unknown label": (TRAIN + "--config.denoiser.label=clock", "'clock'", "time"),
+    "no deviation of the data": (TRAIN + "--config.denoiser.sigma_data=0.0", "sigma_data", "positive"),
     "no noise levels": (TRAIN + "--config.denoiser.num_scales=0", "num_scales", "0"),
     "unknown network": (TRAIN + "--config.model.name=unet", "'unet'", "ncsnpp"),
     "no channels": (TRAIN + "--config.model.nf=0", "nf"),
@@ -296,12 +298,10 @@ BAD = {
     "training time after the end": (TRAIN + "--config.training.t_min=2.0", "training.t_min", "2"),
     "noise levels without spread": (TRAIN + "--config.training.lam_normal=(0.5,0)", "lam_normal", "positive"),
     "one number of noise levels": (TRAIN + "--config.training.lam_normal=(0.5,)", "lam_normal", "(0.5,)", "deviation"),
-    "noise levels of a chain": (
-        TRAIN + "--config.training.lam_normal=(0.5,1.0) --config.training.continuous=False", "lam_normal", "continuous",
-    ),
-    "two weightings": (
-        TRAIN + "--config.training.v_weighting --config.training.likelihood_weighting", "likelihood_weighting",
-        "v_weighting",
+    "unknown times": (TRAIN + "--config.training.times=evenly", "'evenly'", "lam_normal"),
+    "unknown weight": (TRAIN + "--config.training.weight=snr", "'snr'", "network"),
+    "chain to where there are no data": (
+        "train --config=flow.py --workdir=runs/new --config.training.times=chain", "'chain'", "flow", "uniform",
     ),
     "average above 1": (TRAIN + "--config.training.ema_rate=1.5", "ema_rate", "1.5"),
     "hidden labels of no classes": (TRAIN + "--config.training.label_dropout=0.1", "label_dropout", "num_classes"),
