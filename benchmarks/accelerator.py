@@ -298,9 +298,7 @@ def peaks() -> float:
     negative = jax.jit(jnp.negative)
     moved = 2 * COPIED / steadily(lambda: negative(big))
     shown = "; ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
-    print(
-        f"## Times\n\nProducts of matrices of side {PRODUCT} in TFLOP/s: {shown}; a copy: {moved / 1e12:.3g} TB/s.\n"
-    )
+    print(f"## Times\n\nProducts of matrices of side {PRODUCT} in TFLOP/s: {shown}; a copy: {moved / 1e12:.3g} TB/s.\n")
     return rates["bfloat16"]
 
 

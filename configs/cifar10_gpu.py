@@ -22,8 +22,9 @@ def get_config():
     config.training.n_iters = 12_000
     config.training.cooldown = 2000
     # the noise levels at which images take shape
+    config.training.times = "lam_normal"
     config.training.lam_normal = (0.8, 1.5)
-    config.training.v_weighting = True
+    config.training.weight = "network"
     config.training.ema_rate = 0.999
     config.training.ema_warmup = True
     config.training.steps_per_call = 20

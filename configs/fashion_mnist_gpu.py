@@ -15,8 +15,9 @@ def get_config():
         nf=32, ch_mult=(1, 2, 4), num_res_blocks=2, attn_resolutions=(14, 7), dropout=0.0, dtype="bfloat16"
     )
     config.training.batch_size = 256
+    config.training.times = "lam_normal"
     config.training.lam_normal = (0.8, 1.5)  # the noise levels at which images take shape
-    config.training.v_weighting = True
+    config.training.weight = "network"
     config.training.ema_rate = 0.999
     config.training.n_iters = 12_000
     config.training.cooldown = 1500

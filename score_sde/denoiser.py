@@ -67,6 +67,9 @@ LABELS = {
     "reversed_index": lambda sde, t, n: jnp.round((1 - t) * (n - 1)),  # n discrete steps of VE, largest sigma first
 }
 
+# The time whose noise level a rounded label names: (t, number of noise levels) -> t.
+NODES = {"reversed_index": lambda t, n: 1 - jnp.round((1 - t) * (n - 1)) / (n - 1)}
+
 
 def coefficients(output: str, sde: SDE, t, sigma_data: float = 0.5) -> Coefficients:
     """Coefficients of a parameterization at times t of an SDE.
@@ -99,9 +102,13 @@ def noise_fn(
 
     def noise(x, t):
         t = jnp.broadcast_to(t, x.shape[:1])
-        inp, skip, out = (per_image(jnp.asarray(c, x.dtype), x) for c in coefficients(output, sde, t, sigma_data))
+        node = NODES[label](t, num_scales) if label in NODES else t
+        inp, skip, out = (per_image(jnp.asarray(c, x.dtype), x) for c in coefficients(output, sde, node, sigma_data))
         F = network(scale * (inp * x) - shift, LABELS[label](sde, t, num_scales))
-        return out * F[..., : x.shape[-1]] + skip * x
+        eps = out * F[..., : x.shape[-1]] + skip * x
+        if node is t:
+            return eps
+        return eps * per_image(sde.sigma(t) / sde.sigma(node), x)  # between nodes the score is that of the nearest
 
     return noise
 

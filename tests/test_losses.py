@@ -204,3 +204,16 @@ def test_networks_see_data_of_any_range_in_one(low, high):
     )
     noise(jnp.linspace(low, high, 5).reshape(5, 1, 1, 1), jnp.float32(0.5))
     np.testing.assert_allclose(seen[0].ravel(), [-1.0, -0.5, 0.0, 0.5, 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("output, divided", [("scaled_score", True), ("score", False)])
+def test_between_its_nodes_a_chain_has_the_score_of_the_nearest(output, divided):
+    """As published: the network is told the nearest level, and what it outputs is divided by the sigma of that."""
+    sde, n = sde_lib.VE(), 10
+    F = jax.random.normal(jax.random.key(0), (5, 2, 2, 1))
+    t = jnp.asarray([0.02, 0.31, 0.5, 0.87, 1.0])
+    nearest = 1 - jnp.round((1 - t) * (n - 1)) / (n - 1)
+    noise = denoiser.noise_fn(lambda x, label: F, sde, output=output, label="reversed_index", num_scales=n)
+    score = denoiser.score_fn(noise, sde)(jnp.zeros_like(F), t)
+    expected = F / sde_lib.per_image(sde.sigma(nearest), F) if divided else F
+    np.testing.assert_allclose(score, expected, rtol=2e-6)
