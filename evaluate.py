@@ -104,7 +104,7 @@ def evaluate(model, metrics: dict, name: str = ".") -> dict:
     """Measure, print, and write what is measured to the report in eval/<name>/, which is returned."""
     folder = model.results / "eval" / name
     report = earlier(model, folder)
-    versions = dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0])
+    versions = dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0], on=parallel.devices())
     for metric, measure in metrics.items():
         ways = [()]
         if metric == "fid":

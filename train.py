@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import experiment as experiments
-from score_sde import checkpoint, data, figures, files, parallel, training
+from score_sde import checkpoint, data, events, figures, files, parallel, training
 from score_sde.errors import UserError
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
@@ -27,7 +27,10 @@ from solvers.dpm_solver import dpm_solver_pp
 CONFIG = experiments.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the config> if absent.")
 MINUTES = flags.DEFINE_float(
-    "minutes", None, "Train for about so long, the cooldown included: sets training.n_iters by the pace.", lower_bound=0
+    "minutes",
+    None,
+    "Train for about so long, the cooldown included: sets training.n_iters by the pace.",
+    lower_bound=1e-3,
 )
 
 
@@ -97,6 +100,7 @@ def main():
     )
     looks = (fields.log_freq, fields.eval_freq, fields.checkpoint_freq, fields.keep_freq)
     with SummaryWriter(str(workdir / "tensorboard"), write_to_disk=parallel.writes()) as board:
+        board.add_text(events.DEVICES, parallel.devices(), step)
         bar = experiments.progress(total=fields.n_iters, initial=step, unit="step", mininterval=1.0)
         batches = stream.batches(step)
         reported, vote, skipped, unread = (time.monotonic(), step), None, 0, []

@@ -33,7 +33,7 @@ from absl import flags
 import experiment as experiments
 from benchmarks import timed
 from ems import estimate, statistics
-from score_sde.errors import one_line
+from score_sde.errors import UserError, one_line
 from solvers import SOLVERS, probability_flow, tableau
 
 CONFIG = experiments.config_flag()
@@ -50,6 +50,7 @@ COPIED = 2**30  # bytes of the copy that tells the memory's
 
 
 def main():
+    batches = checked_flags()
     began = time.monotonic()
     left = lambda: max(0.0, began + 60 * MINUTES.value - time.monotonic())
     print(f"# {jax.devices()[0].device_kind}\n")
@@ -57,8 +58,8 @@ def main():
     print(f"{os.cpu_count()} CPU cores; the first device alone is timed\n", flush=True)
     parts = {"programs": programs, "differences": differences}
     beside = [Beside(parts[name]) for name in PARTS.value if name in parts]
-    peer = Peer() if "pytorch" in PARTS.value else None
-    works = all_works() if "times" in PARTS.value else {}
+    peer = Peer(batches[1]) if "pytorch" in PARTS.value else None
+    works = all_works(*batches) if "times" in PARTS.value else {}
     compiled = compile_all(works, left)
     for part in beside:
         part.join(left())
@@ -73,6 +74,16 @@ def main():
         print(peer.page(), flush=True)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     os._exit(0)  # what still compiles would be waited for
+
+
+def checked_flags() -> list[int]:
+    """The sizes of --batches; UserError for them and for --parts."""
+    for name in PARTS.value:
+        if name not in PARTS.default:
+            raise UserError(f"--parts={name}: choose among {','.join(PARTS.default)}")
+    if len(BATCHES.value) < 2 or not all(text.isdecimal() and int(text) >= 4 for text in BATCHES.value):
+        raise UserError(f"--batches={','.join(BATCHES.value)}: expected two or more sizes from 4 on, as in 128,256")
+    return [int(text) for text in BATCHES.value]
 
 
 class Beside(threading.Thread):
@@ -128,9 +139,11 @@ def experiment_of(**changes) -> experiments.Experiment:
     return experiments.build(config)
 
 
-def all_works() -> dict[str, Callable[[], Work]]:
-    """What is compiled and timed, the most telling first; to be made by the thread that compiles it."""
-    small, middle, *large = (int(text) for text in BATCHES.value)
+def all_works(small: int, middle: int, *large: int) -> dict[str, Callable[[], Work]]:
+    """What is compiled and timed, the most telling first; to be made by the thread that compiles it.
+
+    Arguments: images of a training step, of which `middle` are the batch of the rest too.
+    """
     bfloat16 = dict(dtype="bfloat16")
     several = dict(count=STEPS_PER_CALL)
     list_of = [
@@ -444,8 +457,9 @@ def smoke(folder: str, command: list[str]) -> str:
 class Peer:
     """diffusers' U-Net in a process of its own, which compiles at once and is timed when asked."""
 
-    def __init__(self):
-        command = [sys.executable, "-m", "benchmarks.accelerator_peer", BATCHES.value[1]]
+    def __init__(self, batch: int):
+        self.batch = batch
+        command = [sys.executable, "-m", "benchmarks.accelerator_peer", str(batch)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -464,7 +478,7 @@ class Peer:
             for name, row in found["rows"].items()
         ]
         head = ["| | images/s | GFLOP an image | TFLOP/s |", "|---|---|---|---|"]
-        about = f"\n## Beside PyTorch\n\n{found['versions']}, diffusers' UNet2DModel, batch {BATCHES.value[1]}\n"
+        about = f"\n## Beside PyTorch\n\n{found['versions']}, diffusers' UNet2DModel, batch {self.batch}\n"
         return "\n".join([about, *head, *rows])
 
 

@@ -4,7 +4,7 @@
     python train.py --config=configs/cifar10_gpu.py --config.data.dataset=cifar10.npz
 
 9.0 M parameters where the published DDPM++ has 62 M, and a fifth of its operations. The model in the box
-(pretrained/cifar10) was trained with it; its card tells how long and on what.
+(pretrained/cifar10_gpu) was trained with it; its card tells how long and on what.
 """
 
 from configs import base, models

@@ -143,7 +143,8 @@ def training_command(config, name: str) -> str | None:
     changed = {
         field: value
         for field, value in experiments.flat(config).items()
-        if plain(value) != plain(theirs.get(field)) and not field.startswith(experiments.FREE_SECTIONS)
+        if plain(value) != plain(theirs.get(field))
+        and not field.startswith((*experiments.FREE_SECTIONS, "model.dtype"))  # `portable` has set that
     }
     overrides = "".join(f" --config.{field}={value}" for field, value in changed.items())
     return f"`python train.py --config=configs/{name}.py{overrides}`"
@@ -172,7 +173,10 @@ def card(model, report: dict) -> str:
         "steps": f"{model.step} of the config's {config.training.n_iters}, batches of {config.training.batch_size}",
     }
     if log is not None:
-        facts["hours"] = f"{log['hours']:.1f} between what was logged first and last, without pauses"
+        took = f"{log['hours']:.1f} hours" if log["hours"] >= 1 else f"{60 * log['hours']:.1f} minutes"
+        facts["time"] = f"{took} between what was logged first and last, without pauses"
+        if log.get("devices"):
+            facts["devices"] = ", ".join(log["devices"])
         facts["training loss"] = f"{log['loss']:.5f}, mean of the last {log['loss_values']} logged"
         if log["held_out_loss"] is not None:
             facts["test loss while training"] = f"{log['held_out_loss']:.5f}, averaged parameters, one batch"

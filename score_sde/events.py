@@ -35,12 +35,15 @@ def records(path: pathlib.Path) -> Iterator[Event]:
             yield event
 
 
-def scalars(folder: pathlib.Path, last_step: int) -> tuple[dict[str, Curve], float]:
-    """Curves by tag of all event files of a folder up to a step, and the hours of these without pauses between files.
+DEVICES = "devices"  # the tag of the text that names them
+
+
+def scalars(folder: pathlib.Path, last_step: int) -> tuple[dict[str, Curve], float, list[str]]:
+    """Curves by tag of all event files of a folder up to a step, their hours without pauses between files, the devices.
 
     Where a resumed run went over steps again, the later file counts.
     """
-    found, seconds = {}, 0.0
+    found, seconds, devices = {}, 0.0, []
     for path in sorted(folder.glob("events.out.tfevents.*")):
         times = []
         for event in records(path):
@@ -50,9 +53,11 @@ def scalars(folder: pathlib.Path, last_step: int) -> tuple[dict[str, Curve], flo
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     found.setdefault(value.tag, {})[event.step] = value.simple_value
+                elif value.tag.startswith(f"{DEVICES}/"):
+                    devices.append(value.tensor.string_val[0].decode())
         seconds += times[-1] - times[0] if times else 0
     curves = {tag: Curve(*map(np.array, zip(*sorted(values.items()), strict=True))) for tag, values in found.items()}
-    return curves, seconds / 3600
+    return curves, seconds / 3600, list(dict.fromkeys(devices))
 
 
 MEAN_OF = 20  # the last values logged
@@ -60,10 +65,10 @@ MEAN_OF = 20  # the last values logged
 
 def training(folder: pathlib.Path, last_step: int) -> tuple[dict, Curve, Curve | None] | None:
     """Of what train.py logged: a record of it, the loss, and that of averaged parameters on test images; or None."""
-    curves, hours = scalars(folder, last_step)
+    curves, hours, devices = scalars(folder, last_step)
     if "loss" not in curves:
         return None
     loss, held_out = curves["loss"], curves.get("held-out_loss__EMA_")  # as TensorBoard spells train.py's tag
     last = loss.values[-MEAN_OF:]
-    record = dict(steps=last_step, hours=hours, loss=float(last.mean()), loss_values=len(last))
+    record = dict(steps=last_step, hours=hours, loss=float(last.mean()), loss_values=len(last), devices=devices)
     return record | dict(held_out_loss=None if held_out is None else float(held_out.values[-1])), loss, held_out

@@ -180,6 +180,11 @@ def largest(x):
     return jax.lax.pmax(x, AXIS)
 
 
+def devices() -> str:
+    """How many devices of what kind compute, as in "8 x NVIDIA H100 80GB HBM3"."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def batch_per_device(batch_size: int) -> int:
     """The share of one device in a global batch."""
     n = jax.device_count()

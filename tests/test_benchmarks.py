@@ -117,3 +117,37 @@ def test_distances_of_samplers(found):
     assert values.shape == (4, SEEDS)
     assert np.isfinite(values).all()
     assert len(np.unique(values)) == values.size  # other samples in every column and with every seed
+
+
+def page(result):
+    """A page of two works, one of which takes too long to compile. In a process of its own: programs define flags."""
+    import contextlib
+    import io
+    import time
+
+    from benchmarks import accelerator
+
+    accelerator.PRODUCT, accelerator.COPIED = 64, 2**12
+    double = jax.jit(lambda x: 2 * x)
+    quick = accelerator.Work(double, {"forward, default": (jnp.ones((8, 8)),)}, 8, "default")
+    works = {"quick": lambda: quick, "slow": lambda: time.sleep(60)}
+    until = time.monotonic() + 20
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        accelerator.THREADS = 1
+        compiled = accelerator.compile_all(works, lambda: max(0.0, until - time.monotonic()))
+        accelerator.times(compiled)
+    result.put((list(compiled), out.getvalue()))
+
+
+def test_a_page_about_an_accelerator_shows_what_is_compiled_in_time():
+    context = multiprocessing.get_context("spawn")
+    result = context.SimpleQueue()
+    process = context.Process(target=page, args=(result,))
+    process.start()
+    compiled, text = result.get()
+    process.kill()
+    assert compiled == ["quick"]
+    (row,) = [line for line in text.splitlines() if line.startswith("| forward")]
+    images, forwards = row.split("|")[2], row.split("|")[7]
+    assert float(images) > 0
+    assert float(forwards) == 1

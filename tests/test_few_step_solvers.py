@@ -492,6 +492,19 @@ def test_all_deterministic_solvers_share_one_compilation():
     assert shared._cache_size() == 1
 
 
+def test_solvers_of_any_length_share_one_compilation():
+    sde = sde_lib.VP()
+    noise = MIXTURE.noise_fn(sde)
+    shared = jax.jit(functools.partial(tableau.solve, noise))
+    x = jax.random.normal(jax.random.key(0), (2, 1, 1, 3))
+    for name, steps in (("ddim", 5), ("unipc", 8), ("deis", 12)):
+        table = WITHOUT_EMS[name](sde, steps)
+        alike = tableau.lengthened(tableau.uniform(table, 4, (1, 1, 3)), 12)
+        ours = shared(alike, x, evaluations=np.int32(steps))
+        np.testing.assert_allclose(ours, tableau.solve(noise, table, x), rtol=1e-4, atol=1e-5)
+    assert shared._cache_size() == 1
+
+
 def test_grid_given_by_the_user():
     """The grid's own times, for multistep and singlestep alike."""
     t = [1.0, 0.7, 0.5, 0.3, 0.1, 0.05, 0.01]

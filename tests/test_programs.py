@@ -58,6 +58,14 @@ def test_resumed_training_is_bit_for_bit_the_undisturbed(run, tmp_path):
     equal(leaves(run, 8), leaves(tmp_path / "half", 8))
 
 
+def test_minutes_set_the_number_of_steps(tmp_path):
+    """Late from the start, the run ends as soon as its pace is known and its cooldown done."""
+    fields = ("n_iters=1000000", "log_freq=1", "cooldown=2")
+    given = [*TINY, *(f"--config.training.{field}" for field in fields), "--minutes=0.001", f"--workdir={tmp_path}/run"]
+    assert "finished at step 4" in ok(program("train", *given))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["n_iters"] == 4
+
+
 def test_a_run_that_starts_from_another(run, tmp_path):
     """Its first update, of learning rate 0, leaves the averaged parameters of the other, which may be gone later."""
     other, fresh = tmp_path / "other", tmp_path / "fresh"

@@ -38,6 +38,7 @@ def test_scalars_come_back(tmp_path):
     """What was written, by step; of a step written again by a resumed run the later value; none beyond the last."""
     values = np.random.default_rng(0).random(40).astype(np.float32)
     with SummaryWriter(str(tmp_path)) as board:
+        board.add_text(events.DEVICES, "2 x cpu", 0)
         for step, value in enumerate(values[:30]):
             board.add_scalar("loss", value, step)
             board.add_image("samples", np.zeros((1, 4, 4), np.uint8), step)
@@ -46,10 +47,11 @@ def test_scalars_come_back(tmp_path):
     with SummaryWriter(str(tmp_path)) as board:
         for step in range(20, 40):
             board.add_scalar("loss", 2 * values[step], step)
-    curves, hours = events.scalars(tmp_path, 39)
+    curves, hours, devices = events.scalars(tmp_path, 39)
     np.testing.assert_array_equal(curves["loss"].steps, np.arange(40))
     np.testing.assert_array_equal(curves["loss"].values, np.where(np.arange(40) < 20, values, 2 * values))
     assert 0 < hours < 0.1
+    assert devices == events.training(tmp_path, 39)[0]["devices"] == ["2 x cpu"]
     np.testing.assert_array_equal(events.scalars(tmp_path, 25)[0]["loss"].steps, np.arange(26))
     record, _, held_out = events.training(tmp_path, 39)
     np.testing.assert_allclose(record["loss"], 2 * values[20:].mean(), rtol=1e-6)
@@ -78,7 +80,7 @@ def test_damage_ends_what_is_read(tmp_path, damage):
             board.add_scalar("loss", step, step)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes() + damage)
-    curves, _ = events.scalars(tmp_path, 9)
+    curves, *_ = events.scalars(tmp_path, 9)
     np.testing.assert_array_equal(curves["loss"].values, np.arange(10))
 
 
@@ -192,7 +194,7 @@ def test_reports_of_a_run(tmp_path):
     for name in ("loss", "samples"):
         assert both[name]["seconds"] > 0
         assert f"--metrics={name}" in both[name]["command"]
-        assert both[name]["versions"].keys() == {"score_sde", "jax", "python"}
+        assert both[name]["versions"].keys() == {"score_sde", "jax", "python", "on"}
     text = (workdir / "eval/report.md").read_text()
     assert "![samples](samples.png)" in text
     assert (workdir / "eval/samples.png").stat().st_size > 0
