@@ -50,7 +50,8 @@ FREE = (
 )
 START = "start.json"  # in a run folder: the history of the model whose parameters the run started from
 REFUSALS = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "ENOTDIR", "EISDIR")  # of a disk, which its user can mend
-HISTORY, ROWS = 4, 32  # what tables of a sampler are made alike to; 32 rows of four values are 2 MB for CIFAR-10
+HISTORY, ROWS = 4, 32  # to which a sampler makes its tables alike
+LARGE = 2**16  # numbers of a coefficient per pixel, above which a table keeps its length for the sake of memory
 FREE_SECTIONS = ("sampling.", "ems.", "eval.")
 
 
@@ -637,7 +638,7 @@ def sampler(model: Model, noise_of: Callable, seed: int, *, purpose: int | None 
     """(table, indices (b,)) -> samples (b, H, W, C) over all devices, from the draws for this purpose.
 
     noise_of: (params, *classes by turns (b,), if the network has any) -> NoiseFn.
-    Tables of whatever length and history share a program, but for those that draw noise.
+    Tables of any length and history share a program; those with coefficients per pixel or with noise have their own.
     """
     experiment = model.experiment
 
@@ -649,9 +650,10 @@ def sampler(model: Model, noise_of: Callable, seed: int, *, purpose: int | None 
     on_devices, params = parallel.pmap(one_device, in_axes=(0, None, None, 0)), parallel.replicate(model.params)
 
     def sample(table, index):
-        evaluations = len(table.t)
-        table = tableau.uniform(table, max(HISTORY, table.history), experiment.image_shape)
-        table = tableau.lengthened(table, -(-evaluations // ROWS) * ROWS)
+        evaluations, shape = len(table.t), table.l.shape[1:]
+        rows = ROWS if table.l[0].size <= LARGE else 1
+        table = tableau.uniform(table, max(HISTORY, table.history), shape)
+        table = tableau.lengthened(table, -(-evaluations // rows) * rows)
         return parallel.gather(
             on_devices(params, jax.tree.map(np.float32, table), np.int32(evaluations), parallel.shard(index))
         )
