@@ -1,29 +1,22 @@
-"""One page about one accelerator: whether the programs run on it, how exact they are, and how fast.
+"""One page about one accelerator: how exact results are on it, and how fast they come.
 
-    python -m benchmarks.accelerator [--minutes=2] [--parts=programs,times,differences,pytorch]
+    python -m benchmarks.accelerator [--minutes=2] [--parts=times,differences]
         [--config=configs/vp/cifar10_ddpmpp_continuous.py] [--batches=128,256,512]
 
-Prints markdown. For --minutes everything compiles at once, the most telling first, and the small programs run beside
-it; then whatever is compiled is timed, one thing after another. What is not is named: a second call finds what the
-first has compiled in the cache. `pytorch` needs torch and diffusers and times their U-Net of like size, compiled,
-channels last, in bfloat16.
+Prints markdown. For --minutes everything compiles at once, the most telling first; then whatever is compiled is timed,
+one thing after another. What is not is named: a second call finds what the first has compiled in the cache.
+`python -m benchmarks.accelerator_peer 256` times a U-Net of like size under PyTorch.
 """
 
-import concurrent.futures
 import functools
-import json
 import os
 import platform
 import queue
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the small programs share the device's memory
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +31,7 @@ from solvers import SOLVERS, probability_flow, tableau
 
 CONFIG = experiments.config_flag()
 MINUTES = flags.DEFINE_float("minutes", 2.0, "Time to compile; what is compiled then is timed.", lower_bound=0)
-PARTS = flags.DEFINE_list("parts", ["programs", "times", "differences", "pytorch"], "What is to be on the page.")
+PARTS = flags.DEFINE_list("parts", ["times", "differences"], "What is to be on the page.")
 BATCHES = flags.DEFINE_list("batches", ["128", "256", "512"], "Images of a training step; the second of the rest.")
 PACKED = "pretrained/fashion_mnist"
 EVALUATIONS = 10  # of each solver
@@ -56,9 +49,7 @@ def main():
     print(f"# {jax.devices()[0].device_kind}\n")
     print(f"jax {jax.__version__}, Python {platform.python_version()}, {jax.device_count()} device(s), ", end="")
     print(f"{os.cpu_count()} CPU cores; the first device alone is timed\n", flush=True)
-    parts = {"programs": programs, "differences": differences}
-    beside = [Beside(parts[name]) for name in PARTS.value if name in parts]
-    peer = Peer(batches[1]) if "pytorch" in PARTS.value else None
+    beside = [Beside(differences)] if "differences" in PARTS.value else []
     works = all_works(*batches) if "times" in PARTS.value else {}
     compiled = compile_all(works, left)
     for part in beside:
@@ -70,8 +61,6 @@ def main():
         times(compiled)
         if missing := [name for name in works if name not in compiled]:
             print(f"\nNot compiled in {MINUTES.value:g} minutes: {'; '.join(missing)}.")
-    if peer is not None:
-        print(peer.page(), flush=True)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     os._exit(0)  # what still compiles would be waited for
 
@@ -419,67 +408,6 @@ def results(model, precision: str, dtype: str = "float32") -> dict:
     bits = -np.asarray(log_p).mean() / x[0].size / np.log(2) + 7
     found = {"noise": eps, "l": moments.w, "mean of f'": moments.mean[:, 1], "samples": x}
     return {name: np.asarray(value, np.float64) for name, value in found.items()} | {"bits/dim": float(bits)}
-
-
-# ------------------------------------------------------------------------------------------------ programs
-
-
-def programs() -> Iterator[str]:
-    """A table of the programs, run on a model of digits: what each took, or said when it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = f"--workdir={folder}/digits"
-        fast = ["--config.training.n_iters=200", "--config.training.keep_freq=200", "--config.training.eval_freq=100"]
-        first = [["train.py", "--config=configs/digits.py", run, *fast, "--config.training.steps_per_call=10"]]
-        second = [["-m", "ems", run, "--nodes=24", "--num_data=256"]]
-        rest = [["sample.py", run, f"--solver={name}"] for name in ("dpmv3", "dpmpp", "unipc", "deis", "ode")]
-        rest += [["sample.py", run, "--solver=pc", "--steps=50"]]
-        rest += [["evaluate.py", run, f"--metrics={name}"] for name in ("loss", "bpd")]
-        rest += [["evaluate.py", run, "--metrics=fid", "--num_samples=256", "--network=resnet20-cifar10"]]
-        yield from ("## Programs\n", "| | seconds | |", "|---|---|---|")
-        for together in (first, second, rest):
-            with concurrent.futures.ThreadPoolExecutor(len(rest)) as pool:
-                started = [pool.submit(smoke, folder, command) for command in together]
-                yield from (done.result() for done in concurrent.futures.as_completed(started))
-    yield ""
-
-
-def smoke(folder: str, command: list[str]) -> str:
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    told = "ran" if done.returncode == 0 else f"exit code {done.returncode}: {one_line(done.stderr[-300:])}"
-    shown = " ".join(command).replace(folder, "runs")
-    return f"| `{shown}` | {time.monotonic() - began:.0f} | {told} |"
-
-
-# ------------------------------------------------------------------------------------------------ PyTorch
-
-
-class Peer:
-    """diffusers' U-Net in a process of its own, which compiles at once and is timed when asked."""
-
-    def __init__(self, batch: int):
-        self.batch = batch
-        command = [sys.executable, "-m", "benchmarks.accelerator_peer", str(batch)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def page(self, patience: float = 120) -> str:
-        try:
-            out, err = self.process.communicate("go\n", timeout=patience)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return f"\n## Beside PyTorch\n\nStopped after {patience} seconds."
-        if self.process.returncode:
-            return f"\n## Beside PyTorch\n\nNot run: {one_line(err[-300:])}"
-        found = json.loads(out.splitlines()[-1])
-        rows = [
-            f"| {name} | {row['images/s']:.0f} | {row['GFLOP']:.1f} | {row['images/s'] * row['GFLOP'] / 1e3:.1f} |"
-            for name, row in found["rows"].items()
-        ]
-        head = ["| | images/s | GFLOP an image | TFLOP/s |", "|---|---|---|---|"]
-        about = f"\n## Beside PyTorch\n\n{found['versions']}, diffusers' UNet2DModel, batch {self.batch}\n"
-        return "\n".join([about, *head, *rows])
 
 
 if __name__ == "__main__":

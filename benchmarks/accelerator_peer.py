@@ -1,12 +1,12 @@
-"""diffusers' U-Net under PyTorch on a GPU, for `benchmarks.accelerator`: compiles, waits for a line, is timed.
+"""Time the training step of diffusers' U-Net under PyTorch on a GPU, to set beside `benchmarks.accelerator`.
 
+    pip install torch diffusers
     python -m benchmarks.accelerator_peer BATCH
 
-The widths and depth are those of the published DDPM++; its blocks are others, so that FLOP/s compare and seconds do
-not. Prints one line of JSON.
+Channels last, compiled or not, in bfloat16 or TF32. The widths and depth are those of the published DDPM++; its blocks
+are others, so that FLOP/s compare and seconds do not. Prints markdown.
 """
 
-import json
 import sys
 import time
 
@@ -47,9 +47,10 @@ def main(batch: int):
     for network, bfloat16 in ways.values():
         for _ in range(3):
             step(network, bfloat16)
-    torch.cuda.synchronize()
-    sys.stdin.readline()
-    rows = {}
+    print(
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.cuda.get_device_name()}, batch {batch}\n"
+    )
+    print("| | images/s | GFLOP an image | TFLOP/s |\n|---|---|---|---|")
     for name, (network, bfloat16) in ways.items():
         times = []
         for _ in range(3):
@@ -58,9 +59,8 @@ def main(batch: int):
                 step(network, bfloat16)
             torch.cuda.synchronize()
             times.append((time.perf_counter() - began) / 5)
-        rows[name] = {"images/s": batch / sorted(times)[1], "GFLOP": flops / 1e9}
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    print(json.dumps(dict(versions=versions, rows=rows)))
+        rate = batch / sorted(times)[1]
+        print(f"| {name} | {rate:.0f} | {flops / 1e9:.1f} | {rate * flops / 1e12:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
