@@ -108,7 +108,7 @@ def evaluate(model, metrics: dict, name: str = ".") -> dict:
     for metric, measure in metrics.items():
         ways = [()]
         if metric == "fid":
-            ways, measure = sampling_ways(model), measure(model)
+            ways, measure = sampling_ways(model), measure(model)  # which compiles once for all ways
         for way in ways:
             began = time.perf_counter()
             result = measure(model, folder, *way)

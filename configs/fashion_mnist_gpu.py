@@ -1,9 +1,9 @@
-"""Fashion-MNIST at its own 28x28 with a network that one GPU trains in two minutes.
+"""Fashion-MNIST at its own 28x28 with a network for one GPU.
 
     python train.py --config=configs/fashion_mnist_gpu.py
     python train.py --config=configs/fashion_mnist_gpu.py --config.data.dataset=fashion_mnist.npz
 
-4.2 M parameters, a third of a second for ten evaluations of 64 images on a GPU, some seconds on two CPU cores.
+4.2 M parameters. docs/studies.md tells how far 1900 steps came; the model in the box is of configs/fashion_mnist.py.
 """
 
 from configs import fashion_mnist, models
