@@ -27,12 +27,11 @@ import jax
 import numpy as np
 from absl import flags
 
-import experiment as experiments
-import image_quality
-import model_statistics
 from ems import statistics
-from score_sde import VERSION, checkpoint, data, events, figures, files, parallel
-from score_sde import report as reports
+from experiments import events, figures, measuring, program, quality, runs, samplers
+from experiments import report as reports
+from experiments.build import build
+from score_sde import VERSION, checkpoint, data, files, parallel
 from score_sde.errors import UserError
 from solvers import probability_flow
 from solvers.dpm_solver import dpm_solver_pp
@@ -43,7 +42,7 @@ METRICS = flags.DEFINE_list("metrics", ["loss", "convergence", "samples"], "What
 EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise.")
 
-CONFIG = experiments.config_flag()
+CONFIG = program.config_flag()
 STATISTICS = flags.DEFINE_bool("statistics", False, "Measure the features of a config's training images, and no more.")
 SAMPLES = flags.DEFINE_string("samples", None, "Evaluate these images, a folder or an .npz, instead of a model's.")
 REFERENCE = flags.DEFINE_string("reference", None, "Statistics to compare with (.npz of mu and sigma), not our own.")
@@ -82,10 +81,10 @@ def main():
         if not text.isdecimal() or int(text) < 1:
             raise UserError(f"--steps={text}: expected numbers of network evaluations, as in --steps=5,10")
     for name in SOLVER.value or []:
-        experiments.check_solver(name)  # before the others have worked for hours
+        samplers.check_solver(name)  # before the others have worked for hours
     chosen = {name: metrics[name] for name in METRICS.value}
     if CHECKPOINT.value is None:
-        evaluate(experiments.open_model(WORKDIR.value), chosen)
+        evaluate(runs.open_model(WORKDIR.value), chosen)
         return
     folder = run_folder()
     if not CHECKPOINT.value.isdecimal() and CHECKPOINT.value != "all":
@@ -93,7 +92,7 @@ def main():
     steps = checkpoint.Checkpoints(folder).steps() if CHECKPOINT.value == "all" else [int(CHECKPOINT.value)]
     if not steps:
         raise UserError(f"{folder} has no finished checkpoints: leave out --checkpoint, or train first")
-    found = {step: evaluate(experiments.open_model(folder, step), chosen, f"step{step}") for step in steps}
+    found = {step: evaluate(runs.open_model(folder, step), chosen, f"step{step}") for step in steps}
     if len(found) > 1:
         lines = [f"# {folder}", "", *reports.compared(found), "", *(f"- [step {k}](step{k}/report.md)" for k in found)]
         files.write(folder / "eval" / "checkpoints.md", "\n".join([*lines, ""]))
@@ -155,7 +154,7 @@ def training(model, folder) -> dict:
 
 def shown_ems(model, folder) -> dict:
     """Of which images the statistics are that a sampler would take, and their picture."""
-    path = model_statistics.find(model)
+    path = measuring.find(model)
     if path is None:
         return {}
     ems = statistics.load(path)
@@ -192,21 +191,21 @@ def convergence(model, folder) -> dict:
     """RMS distance to the fine solution for each solver of STUDY and number of evaluations."""
     experiment, fields = model.experiment, model.experiment.config.eval
     n = parallel.round_up(fields.num_samples)
-    sample = experiments.sampler(model, lambda params, *_: experiment.noise_of(params), SEED.value)
+    sample = samplers.sampler(model, lambda params, *_: experiment.noise_of(params), SEED.value)
     solve = lambda table: sample(table, np.arange(n))
 
-    ems = model_statistics.ems_of(model, EMS.value)
+    ems = measuring.ems_of(model, EMS.value)
     fine, coarser = (
         solve(dpm_solver_pp(experiment.sde, k, order=2)) for k in (fields.fine_steps, fields.fine_steps // 2)
     )
     steps = list(fields.steps)
     distances = {name: [] for name in STUDY}
-    for k in experiments.progress(steps, desc="convergence"):
+    for k in program.progress(steps, desc="convergence"):
         for name, (solver, options) in STUDY.items():
-            table = experiments.build_tableau(model, solver, k, ems, **options)
-            distances[name].append(experiments.rms(solve(table[0]) - fine))
+            table = samplers.build_tableau(model, solver, k, ems, **options)
+            distances[name].append(samplers.rms(solve(table[0]) - fine))
     # halving the step of a second-order solver quarters its error
-    uncertainty = experiments.rms(fine - coarser) / 3
+    uncertainty = samplers.rms(fine - coarser) / 3
     figures.save_convergence(folder / "convergence.png", steps, distances, f"{model.name}, {n} noises")
     result = dict(steps=steps, rms=distances, fine_steps=fields.fine_steps, fine_uncertainty=uncertainty, noises=n)
     return result | dict(ems=ems.origin)
@@ -222,8 +221,8 @@ def sampling_ways(model) -> list[tuple[str, int]]:
 def sample_grid(model, folder) -> dict:
     """A picture of the first samples, as many as the config's batches have."""
     solver, steps = sampling_ways(model)[0]
-    sample = experiments.sampler(model, model.experiment.noise_of, SEED.value)
-    images_of, _, options, n = image_quality.drawer(model, sample, solver, steps, EMS.value)
+    sample = samplers.sampler(model, model.experiment.noise_of, SEED.value)
+    images_of, _, options, n = quality.drawer(model, sample, solver, steps, EMS.value)
     figures.save_grid(folder / "samples.png", images_of(0, n)[:256])
     return dict(solver=solver, steps=steps, options=options, num_samples=min(n, 256))
 
@@ -241,7 +240,7 @@ def bits_per_dim(model, folder) -> dict:
     n = min(fields.num_data, images.size)
 
     def one_device(params, batch, repeat):
-        keys = experiments.sample_keys(SEED.value, batch["index"], repeat)
+        keys = samplers.sample_keys(SEED.value, batch["index"], repeat)
         dequantize = functools.partial(
             data.preprocess, random_flip=False, uniform_dequantization=True, centered=centered
         )
@@ -260,7 +259,7 @@ def bits_per_dim(model, folder) -> dict:
 
     on_devices = parallel.pmap(one_device, in_axes=(0, 0, None))
     params, values, evaluations = parallel.replicate(model.params), [], []
-    for repeat in experiments.progress(range(fields.repeats), desc="bits/dim"):
+    for repeat in program.progress(range(fields.repeats), desc="bits/dim"):
         row = []
         for index, batch in test_batches(experiment, images, n):
             bpd, run = parallel.gather(on_devices(params, batch, repeat))
@@ -289,7 +288,7 @@ def encoding(model, folder) -> dict:
 
     def one_device(params, batch):
         noise = experiment.noise_of(params, batch.get("label"))
-        x = experiment.as_seen(experiments.sample_keys(SEED.value, batch["index"]), batch["image"])
+        x = experiment.as_seen(samplers.sample_keys(SEED.value, batch["index"]), batch["image"])
         z, there = probability_flow.solve(noise, sde, x, t_start=sde.t_min, t_end=sde.t_max, **tolerances)
         back, run = probability_flow.solve(noise, sde, z, **tolerances)
         return back, back - x, there, run
@@ -311,7 +310,7 @@ def encoding(model, folder) -> dict:
 
 
 def feature_network(config):
-    return image_quality.feature_network(
+    return quality.feature_network(
         config,
         NETWORK.value,
         inception_weights=INCEPTION_WEIGHTS.value,
@@ -326,9 +325,9 @@ def sample_quality(model) -> Callable:
     Sampler and feature network are compiled once for all solvers and numbers of steps.
     """
     network = feature_network(model.experiment.config)
-    sample = experiments.sampler(model, model.experiment.noise_of, SEED.value)
+    sample = samplers.sampler(model, model.experiment.noise_of, SEED.value)
     return functools.partial(
-        image_quality.of_samples,
+        quality.of_samples,
         sample=sample,
         network=network,
         n=NUM_SAMPLES.value,
@@ -340,23 +339,23 @@ def sample_quality(model) -> Callable:
 
 def images_and_data():
     """--statistics and --samples: a data set's statistics alone, or anyone's images against them."""
-    config = experiments.config_of_run(run_folder()) if CONFIG.value is None else experiments.config_of(CONFIG)
-    experiment = experiments.build(config)
+    config = runs.config_of_run(run_folder()) if CONFIG.value is None else program.config_of(CONFIG)
+    experiment = build(config)
     network = feature_network(config)
     if STATISTICS.value:
-        print(f"statistics: {image_quality.data_statistics(experiment, network, 'train')[1]}")
+        print(f"statistics: {quality.data_statistics(experiment, network, 'train')[1]}")
     if SAMPLES.value is not None:
-        result = image_quality.of_images(experiment, network, SAMPLES.value, REFERENCE.value)
+        result = quality.of_images(experiment, network, SAMPLES.value, REFERENCE.value)
         print("\n".join(["", *reports.quality_lines(result)]))
-        path = experiments.RUNS / "evaluated" / f"{pathlib.Path(SAMPLES.value).stem}-{network.distance}.json"
+        path = runs.RUNS / "evaluated" / f"{pathlib.Path(SAMPLES.value).stem}-{network.distance}.json"
         record = result | dict(samples=SAMPLES.value, command=" ".join(sys.argv))
         files.write(path, json.dumps(record, indent=2) + "\n")
         print(f"\nwrote {path}")
 
 
 def run_folder() -> pathlib.Path:
-    return experiments.newest_run() if WORKDIR.value is None else pathlib.Path(WORKDIR.value)
+    return runs.newest_run() if WORKDIR.value is None else pathlib.Path(WORKDIR.value)
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

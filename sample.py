@@ -35,9 +35,9 @@ import jax
 import numpy as np
 from absl import flags
 
-import experiment as experiments
-import model_statistics
-from score_sde import VERSION, data, figures, files, guidance, losses, parallel
+from experiments import figures, measuring, program, runs, samplers
+from experiments.config import fits, shown
+from score_sde import VERSION, files, guidance, losses, parallel, sources
 from score_sde.errors import UserError
 from score_sde.metrics import features
 from solvers import SOLVERS, conditioning, predictor_corrector, probability_flow, tableau
@@ -49,7 +49,7 @@ STEPS = flags.DEFINE_integer(
     "steps", None, "Network evaluations (pc: time steps); the config's if absent.", lower_bound=1
 )
 OPTION = flags.DEFINE_multi_string("option", [], "An option of the solver, name=value; may be repeated.")
-TABLEAU = flags.DEFINE_string("tableau", None, "File of python -m solvers.search: a solver, its steps and options.")
+TABLEAU = flags.DEFINE_string("tableau", None, "File of python -m tools.search: a solver, its steps and options.")
 EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many; the config's if absent.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "At a time; the config's if absent.", lower_bound=1)
@@ -73,22 +73,22 @@ TASK_SOLVERS = {"inpaint": "pc", "colorize": "pc", "class": "dpmpp", "interpolat
 
 def main():
     # ------------------------------------------------------------------------------ what to run
-    model = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
+    model = runs.open_model(WORKDIR.value, CHECKPOINT.value)
     experiment = model.experiment
     defaults = experiment.config.sampling
     solver = SOLVER.value or TASK_SOLVERS.get(TASK.value, defaults.solver)
     steps = STEPS.value or (defaults.pc_steps if solver == "pc" else defaults.steps)
-    options = experiments.parse_options(OPTION.value)
+    options = samplers.parse_options(OPTION.value)
     if TABLEAU.value is not None:
         for flag in (SOLVER, STEPS, OPTION):
             if flag.value:
                 raise UserError(f"--tableau brings its own solver, steps and options: leave out --{flag.name}")
-        solver, steps, options = experiments.read_search(model, TABLEAU.value)
+        solver, steps, options = samplers.read_search(model, TABLEAU.value)
     n = NUM_SAMPLES.value or defaults.num_samples
     batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
     check_task(solver)
-    classifier = experiments.open_classifier(CLASSIFIER.value, model) if TASK.value == "class" else None
+    classifier = runs.open_classifier(CLASSIFIER.value, model) if TASK.value == "class" else None
     known = Known.of_flags(experiment) if TASK.value in ("inpaint", "colorize") else None
     if solver == "pc":
         draw, nfe, options, tables = predictor_corrected(model, classifier, known, steps, options)
@@ -97,7 +97,7 @@ def main():
         steps = 1  # of the progress bar: a batch
     else:
         draw, nfe, options, tables = tabled(model, classifier, solver, steps, options)
-    print(f"{n} samples by {solver}, {nfe} evaluations each, {experiments.shown(options | bent())}, seed {SEED.value}")
+    print(f"{n} samples by {solver}, {nfe} evaluations each, {shown(options | bent())}, seed {SEED.value}")
 
     given = [text for text in OPTION.value if "/" not in text] + ["searched"] * (TABLEAU.value is not None)
     given += [f"{flag}={value}" for flag, value in bent().items() if "/" not in str(value)]
@@ -112,7 +112,7 @@ def main():
     params = parallel.replicate((model.params, classifier.params if classifier else None))
     images, seconds, evaluations, failure = [], [], [], None
     starts = range(0, n, batch_size)
-    with experiments.progress(total=len(starts) * steps, unit="step") as bar:
+    with program.progress(total=len(starts) * steps, unit="step") as bar:
         for start in starts:
             path = kept / f"{start:07d}.npz"
             batch = read_batch(path)
@@ -271,20 +271,20 @@ def tabled(model, classifier, solver: str, steps: int, options: dict):
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     ems, scale, given = None, GUIDANCE.value, options
     if solver == "dpmv3":
-        ems = model_statistics.ems_of(model, EMS.value, scale if classifier is None else None)
+        ems = measuring.ems_of(model, EMS.value, scale if classifier is None else None)
         if classifier is not None:
             print("EMS: of the model alone, the classifier has no part in them; dpmpp needs none")
-    table, options = experiments.build_tableau(model, solver, steps, ems, scale, **given)
+    table, options = samplers.build_tableau(model, solver, steps, ems, scale, **given)
     if ems is not None and "t_end" not in given:
-        t_end = experiments.published_for(model, steps, ems, scale)["t_end"]
+        t_end = samplers.published_for(model, steps, ems, scale)["t_end"]
         if t_end < options["t_end"]:
             print(
                 f"sampling ends at t={options['t_end']:g}, as the EMS; for {t_end:g}: python -m ems --t_end={t_end:g}"
             )
 
     def one_device(params, table, index):
-        keys = experiments.sample_keys(SEED.value, index)
-        x, draws = experiments.prior(experiment, keys), experiments.draws(experiment, keys)
+        keys = samplers.sample_keys(SEED.value, index)
+        x, draws = samplers.prior(experiment, keys), samplers.draws(experiment, keys)
         return tableau.solve(noise_of(params, index), table, x, draws)
 
     on_devices = parallel.pmap(one_device, in_axes=(0, None, 0))
@@ -311,9 +311,9 @@ def predictor_corrected(model, classifier, known, steps: int, options: dict):
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     fields = experiment.config.sampling
     options_known = ("predictor", "corrector", "corrector_steps", "snr", "probability_flow", "denoise")
-    experiments.check_options("pc", options, options_known)
+    samplers.check_options("pc", options, options_known)
     for name, value in options.items():
-        if not experiments.fits(value, fields[name]):
+        if not fits(value, fields[name]):
             kind = type(fields[name]).__name__
             raise UserError(f"--option {name}={value}: expected a {kind}, as in --option {name}={fields[name]}")
     options = {name: fields[name] for name in options_known} | options
@@ -325,7 +325,7 @@ def predictor_corrected(model, classifier, known, steps: int, options: dict):
         raise UserError("neither a predictor nor a corrector: choose one, as in --option predictor=reverse_diffusion")
 
     def start(index):
-        x = experiments.prior(experiment, experiments.sample_keys(SEED.value, index))
+        x = samplers.prior(experiment, samplers.sample_keys(SEED.value, index))
         return predictor_corrector.Update(x, x)
 
     def advance(params, index, given, update, first, last):
@@ -333,7 +333,7 @@ def predictor_corrected(model, classifier, known, steps: int, options: dict):
         step = predictor_corrector.stepper(
             noise_of(params, index),
             experiment.sde,
-            experiments.draws(experiment, experiments.sample_keys(SEED.value, index)),
+            samplers.draws(experiment, samplers.sample_keys(SEED.value, index)),
             n=steps,
             condition=None if known is None else known.condition(given),
             **update_options,
@@ -371,7 +371,7 @@ def adaptive(model, classifier, options: dict):
     """
     experiment, noise_of = model.experiment, noise_of_samples(model, classifier)
     defaults = dict(rtol=1e-5, atol=1e-5, temperature=1.0, denoise=experiment.config.sampling.denoise)
-    experiments.check_options("ode", options, defaults)
+    samplers.check_options("ode", options, defaults)
     for name, value in options.items():
         if name != "denoise" and not (isinstance(value, (int, float)) and value > 0):
             raise UserError(f"--option {name}={value}: expected a positive number, as in {name}={defaults[name]}")
@@ -384,14 +384,14 @@ def adaptive(model, classifier, options: dict):
     chain = experiment.config.denoiser.num_scales if options["denoise"] else None
 
     def prior(index):
-        return experiments.prior(experiment, experiments.sample_keys(SEED.value, index))
+        return samplers.prior(experiment, samplers.sample_keys(SEED.value, index))
 
     def decode(params, index, z):
         z = options["temperature"] * z
         return probability_flow.solve(noise_of(params, index), experiment.sde, z, denoise=chain, **tolerances)
 
     def encode(params, index, image):
-        x = experiment.as_seen(experiments.sample_keys(SEED.value, index), image)
+        x = experiment.as_seen(samplers.sample_keys(SEED.value, index), image)
         times = dict(t_start=experiment.sde.t_min, t_end=experiment.sde.t_max)
         return probability_flow.solve(noise_of(params, index), experiment.sde, x, **times, **tolerances)
 
@@ -526,7 +526,7 @@ def read_image(path: str, experiment, channels: int | None) -> np.ndarray:
     height, width, ours = experiment.image_shape
     if not pathlib.Path(path).is_file():
         raise UserError(f"no such image {path}")
-    image = data.decode(pathlib.Path(path), path)
+    image = sources.decode(pathlib.Path(path), path)
     if (image.height, image.width) != (height, width):
         raise UserError(f"{path} is {image.width}x{image.height}, the model's images are {width}x{height}: resize it")
     found = 1 if image.mode in ("1", "L", "LA") else 3
@@ -544,4 +544,4 @@ def write(folder: pathlib.Path, images: np.ndarray, record: dict):
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

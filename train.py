@@ -18,13 +18,14 @@ from absl import flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-import experiment as experiments
-from score_sde import checkpoint, data, events, figures, files, parallel, training
+from experiments import events, figures, program, runs
+from experiments.build import build
+from score_sde import checkpoint, data, files, parallel, training
 from score_sde.errors import UserError
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
 
-CONFIG = experiments.config_flag()
+CONFIG = program.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the config> if absent.")
 MINUTES = flags.DEFINE_float(
     "minutes",
@@ -38,7 +39,7 @@ def main():
     # ------------------------------------------------------------------------------ what to train, and where
     began = time.monotonic()
     config, workdir = config_and_workdir()
-    experiment = experiments.build(config)
+    experiment = build(config)
     fields = config.training
     share_of_device = parallel.batch_per_device(fields.batch_size)
     if share_of_device % fields.accumulate:
@@ -51,9 +52,9 @@ def main():
     stream = data.Stream(experiment.images("train"), **share)
     held_out = data.Stream(experiment.images("test"), **share)
     params, start = starting_params(experiment, workdir)
-    experiments.claim_workdir(workdir, config)
+    runs.claim_workdir(workdir, config)
     if start is not None:
-        files.write(workdir / experiments.START, json.dumps(start, indent=2) + "\n")
+        files.write(workdir / runs.START, json.dumps(start, indent=2) + "\n")
 
     # ------------------------------------------------------------------------------ the state, new or resumed
     optimizer = training.make_optimizer(**config.optim)
@@ -101,7 +102,7 @@ def main():
     looks = (fields.log_freq, fields.eval_freq, fields.checkpoint_freq, fields.keep_freq)
     with SummaryWriter(str(workdir / "tensorboard"), write_to_disk=parallel.writes()) as board:
         board.add_text(events.DEVICES, parallel.devices(), step)
-        bar = experiments.progress(total=fields.n_iters, initial=step, unit="step", mininterval=1.0)
+        bar = program.progress(total=fields.n_iters, initial=step, unit="step", mininterval=1.0)
         batches = stream.batches(step)
         reported, vote, skipped, unread = (time.monotonic(), step), None, 0, []
         while step < fields.n_iters:
@@ -128,7 +129,7 @@ def main():
                     left = (began + 60 * MINUTES.value - now) / pace
                     fields.n_iters = parallel.agreed(ending(step, left, fields))
                     bar.total = fields.n_iters
-                    experiments.claim_workdir(workdir, config)
+                    runs.claim_workdir(workdir, config)
                 windows += 1
             if crossed(before, step, fields.eval_freq):
                 batch = numbered(held_out.batch(step // fields.eval_freq), held_out)
@@ -162,10 +163,10 @@ def config_and_workdir():
         raise UserError("nothing to train: give --config=configs/digits.py, or --workdir=... to continue a run")
     if CONFIG.value is None:
         workdir = pathlib.Path(WORKDIR.value)
-        return experiments.read_config(workdir), workdir
-    config = experiments.config_of(CONFIG)
+        return runs.read_config(workdir), workdir
+    config = program.config_of(CONFIG)
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
-    return config, pathlib.Path(WORKDIR.value or experiments.RUNS / name)
+    return config, pathlib.Path(WORKDIR.value or runs.RUNS / name)
 
 
 def starting_params(experiment, workdir):
@@ -174,7 +175,7 @@ def starting_params(experiment, workdir):
     drawn = experiment.init_params(experiment.config.seed)
     if folder is None or checkpoint.Checkpoints(workdir).steps():
         return drawn, None
-    model = experiments.open_model(folder, classifier=experiment.logits_of is not None)
+    model = runs.open_model(folder, classifier=experiment.logits_of is not None)
     checkpoint.check_fit(folder, "params", checkpoint.layout(drawn), checkpoint.layout(model.params))
     theirs, ours = model.experiment.config.denoiser, experiment.config.denoiser
     for field in ours:
@@ -183,7 +184,7 @@ def starting_params(experiment, workdir):
                 f"{folder} was trained with denoiser.{field} {theirs[field]!r}, not {ours[field]!r}, so its parameters "
                 "mean something else: take its value, or start from the seed"
             )
-    return model.params, experiments.history(model)
+    return model.params, runs.history(model)
 
 
 def stream_identity(config, stream) -> str:
@@ -274,4 +275,4 @@ def catch_stop_signals() -> list[int]:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

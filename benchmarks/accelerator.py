@@ -23,13 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-import experiment as experiments
 from benchmarks import timed
 from ems import estimate, statistics
+from experiments import runs, samplers
+from experiments.build import Experiment, build
+from experiments.program import config_flag, config_of, run
 from score_sde.errors import UserError, one_line
 from solvers import SOLVERS, probability_flow, tableau
 
-CONFIG = experiments.config_flag()
+CONFIG = config_flag()
 MINUTES = flags.DEFINE_float("minutes", 2.0, "Time to compile; what is compiled then is timed.", lower_bound=0)
 PARTS = flags.DEFINE_list("parts", ["times", "differences"], "What is to be on the page.")
 BATCHES = flags.DEFINE_list("batches", ["128", "256", "512"], "Images of a training step; the second of the rest.")
@@ -115,17 +117,17 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def experiment_of(**changes) -> experiments.Experiment:
+def experiment_of(**changes) -> Experiment:
     """The experiment of --config, or the published CIFAR-10 one, with fields of the network changed."""
     if flags.FLAGS["config"].present:
-        config = experiments.config_of(CONFIG).copy_and_resolve_references()
+        config = config_of(CONFIG).copy_and_resolve_references()
     else:
         from configs.vp import cifar10_ddpmpp_continuous
 
         config = cifar10_ddpmpp_continuous.get_config()
     with config.unlocked():
         config.model.update(changes)
-    return experiments.build(config)
+    return build(config)
 
 
 def all_works(small: int, middle: int, *large: int) -> dict[str, Callable[[], Work]]:
@@ -358,7 +360,7 @@ def stepping(program: Callable, state, *inputs) -> Callable:
 
 def differences() -> Iterator[str]:
     """How far the device's results of the packed model are from those of the CPU in float32, by precision."""
-    model = experiments.open_model(PACKED)
+    model = runs.open_model(PACKED)
     with jax.default_device(jax.devices("cpu")[0]):
         truth = results(model, "highest")
     yield "## Differences from the CPU\n"
@@ -377,7 +379,7 @@ def differences() -> Iterator[str]:
 
 
 def relative(value, truth) -> float:
-    return experiments.rms(value - truth) / experiments.rms(truth)
+    return samplers.rms(value - truth) / samplers.rms(truth)
 
 
 def results(model, precision: str, dtype: str = "float32") -> dict:
@@ -385,7 +387,7 @@ def results(model, precision: str, dtype: str = "float32") -> dict:
     config = model.experiment.config.copy_and_resolve_references()
     with config.unlocked():
         config.model.dtype = dtype
-    experiment = experiments.build(config)
+    experiment = build(config)
     noise, n = experiment.noise_of, 16
     key = jax.random.key(7)
     z = jax.random.normal(key, (n, *experiment.image_shape))
@@ -411,4 +413,4 @@ def results(model, precision: str, dtype: str = "float32") -> dict:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    run(main)

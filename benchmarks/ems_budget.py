@@ -12,10 +12,9 @@ reference; what was stopped goes on.
 import numpy as np
 from absl import flags
 
-import experiment as experiments
-import model_statistics
 from benchmarks import study
 from ems import estimate, moments, statistics
+from experiments import measuring, program, samplers
 
 NODES = flags.DEFINE_list("nodes", ["15", "30", "60", "120", "1200"], "Intervals of lam; the last for the reference.")
 STEPS = (5, 6, 8, 10)  # evaluations
@@ -60,8 +59,8 @@ def compared(model, nodes: list[int], seeds: int, n: int):
     fine = solve(study.fine_solution(model))
 
     def distances(ems) -> list[float]:
-        tables = (experiments.build_tableau(model, "dpmv3", k, ems)[0] for k in STEPS)
-        return [experiments.rms(solve(table) - fine) for table in tables]
+        tables = (samplers.build_tableau(model, "dpmv3", k, ems)[0] for k in STEPS)
+        return [samplers.rms(solve(table) - fine) for table in tables]
 
     found: dict[tuple[int, int], list] = {}
     for seed in range(1, seeds + 1):
@@ -76,10 +75,10 @@ def compared(model, nodes: list[int], seeds: int, n: int):
 
 def measured(model, nodes: int, seed: int) -> moments.Moments:
     """Moments in blocks at the nodes of a grid, on all training images up to MOST_IMAGES; goes on where stopped."""
-    experiment, source = model.experiment, model_statistics.training_images(model.experiment)
+    experiment, source = model.experiment, measuring.training_images(model.experiment)
     batch_size = experiment.config.ems.batch_size
     images = range(min(MOST_IMAGES, source.size) // batch_size * batch_size)
-    with experiments.progress(desc=f"EMS, {nodes} nodes x {len(images)} images, seed {seed}") as bar:
+    with program.progress(desc=f"EMS, {nodes} nodes x {len(images)} images, seed {seed}") as bar:
 
         def progress(done, total):
             bar.total = total
@@ -87,7 +86,7 @@ def measured(model, nodes: int, seed: int) -> moments.Moments:
 
         study.FOLDER.mkdir(parents=True, exist_ok=True)
         return estimate.accumulate(
-            model_statistics.on_devices(model, experiment.noise_of, seed),
+            measuring.on_devices(model, experiment.noise_of, seed),
             estimate.nodes(experiment.sde, nodes),
             source.take,
             images,
@@ -110,4 +109,4 @@ def part(model, blocks: moments.Moments, nodes: int, shares: int) -> statistics.
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

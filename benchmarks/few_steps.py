@@ -7,7 +7,7 @@ Each solver runs on its paper's own grid of times, and on the named grid that di
 network evaluations; the tables hold the RMS distance to the fine solution over pixels and samples, in the data range,
 and the Frechet distance to the training images in the features of a local network. A stochastic solver has no RMS
 distance and keeps its own grid; F-PNDM needs 12 evaluations. Then the seconds that a batch takes with each solver, and
-without the network. A new data set's network is trained by python -m score_sde.metrics (for
+without the network. A new data set's network is trained by python -m tools.train_features (for
 digits with `--dataset=digits --name=digits --image_size=8 --num_channels=1 --epochs=80 --folder=runs`, a minute). Six
 minutes a digits model on two free cores.
 """
@@ -18,11 +18,9 @@ import jax
 import numpy as np
 from absl import flags
 
-import experiment as experiments
-import model_statistics
 from benchmarks import study
 from benchmarks.timed import by_turns
-from score_sde import figures
+from experiments import figures, measuring, program, samplers
 from score_sde.errors import UserError
 from score_sde.metrics import features
 from solvers.grids import GRIDS
@@ -58,7 +56,7 @@ SOLVERS = {
 def main():
     record, lines = {}, []
     for model in study.models():
-        network, ems = study.feature_network(model), model_statistics.ems_of(model)
+        network, ems = study.feature_network(model), measuring.ems_of(model)
         found = compared(model, ems, network, study.steps(), study.NUM_SAMPLES.value)
         found["seconds"] = timed(model, ems, REPEATS.value)
         record[str(model.workdir)] = found
@@ -75,26 +73,26 @@ def compared(model, ems, network, steps: list[int], n: int) -> dict:
     try_out = study.from_noises(model, SEED + 1, CHOOSING)
     fine, tried = solve(study.fine_solution(model)), try_out(study.fine_solution(model))
     # halving the step of a second-order solver quarters its error
-    uncertainty = experiments.rms(tried - try_out(study.fine_solution(model, 2))) / 3
+    uncertainty = samplers.rms(tried - try_out(study.fine_solution(model, 2))) / 3
 
     def measured(table) -> tuple[float | None, float]:
         x = solve(table)
         if not np.isfinite(x).all():
             return np.inf, np.inf
-        distance = experiments.rms(x - fine) if table.noise is None else None
+        distance = samplers.rms(x - fine) if table.noise is None else None
         return distance, frechet(study.of_samples(model, network, x))
 
     grids, own, best = ({name: [] for name in SOLVERS} for _ in range(3))
-    for name, k in experiments.progress([(name, k) for k in steps for name in SOLVERS], desc=model.workdir.name):
+    for name, k in program.progress([(name, k) for k in steps for name in SOLVERS], desc=model.workdir.name):
         solver, options, published = SOLVERS[name]
         tables, errors = {}, {}
         for grid in GRIDS:
             try:
-                tables[grid], _ = experiments.build_tableau(model, solver, k, ems, **options, grid=grid)
+                tables[grid], _ = samplers.build_tableau(model, solver, k, ems, **options, grid=grid)
             except UserError:  # two times of the grid fall on one node of the EMS, or k is too few for F-PNDM
                 continue
             if tables[grid].noise is None:
-                errors[grid] = np.nan_to_num(experiments.rms(try_out(tables[grid]) - tried), nan=np.inf)
+                errors[grid] = np.nan_to_num(samplers.rms(try_out(tables[grid]) - tried), nan=np.inf)
         chosen = min(errors, key=errors.get, default=published)
         own[name].append(measured(tables[published]) if tables else (None, None))
         best[name].append(own[name][-1] if chosen == published else measured(tables[chosen]))
@@ -120,13 +118,13 @@ def timed(model, ems, repeats: int) -> dict[str, tuple[float, float]]:
     """
     batch = np.arange(model.experiment.config.sampling.batch_size)
     tables = {
-        name: experiments.build_tableau(model, solver, TIMED_STEPS, ems, **options)[0]
+        name: samplers.build_tableau(model, solver, TIMED_STEPS, ems, **options)[0]
         for name, (solver, options, _) in SOLVERS.items()
     }
-    whole = experiments.sampler(model, model.experiment.noise_of, SEED)
-    alone = experiments.sampler(model, lambda *_: lambda x, t: x, SEED)
+    whole = samplers.sampler(model, model.experiment.noise_of, SEED)
+    alone = samplers.sampler(model, lambda *_: lambda x, t: x, SEED)
     calls = [functools.partial(sample, table, batch) for sample in (whole, alone) for table in tables.values()]
-    times = by_turns(calls, experiments.progress(range(repeats + 1), desc="seconds"))
+    times = by_turns(calls, program.progress(range(repeats + 1), desc="seconds"))
     return dict(zip(tables, zip(times[: len(tables)], times[len(tables) :], strict=True), strict=True))
 
 
@@ -179,4 +177,4 @@ def shown(model, network, found) -> list[str]:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

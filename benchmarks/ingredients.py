@@ -10,11 +10,9 @@ picture of its first rows. All uniform in lam, to the end of the EMS. Two minute
 
 import numpy as np
 
-import experiment as experiments
-import model_statistics
 from benchmarks import study
 from ems.statistics import EMS
-from score_sde import figures
+from experiments import figures, measuring, program, samplers
 
 PLAIN = dict(order=3, corrector="off", pseudo=False, corrector_pseudo=False, lower_order_final=True)
 CORRECTED = PLAIN | {"corrector": "on"}
@@ -44,7 +42,7 @@ def main():
     record, lines = {}, []
     for model in study.models():
         steps, n = study.steps(), study.NUM_SAMPLES.value
-        found = compared(model, model_statistics.ems_of(model), steps, n)
+        found = compared(model, measuring.ems_of(model), steps, n)
         record[str(model.workdir)] = dict(steps=steps, rms=found)
         title = f"{model.name}, {n} noises"
         new = [f"## {title}", "", *study.rows("evaluations", steps, found)]
@@ -59,10 +57,10 @@ def compared(model, ems, steps: list[int], n: int) -> dict[str, list[float]]:
     solve = study.from_noises(model, 0, n)
     fine = solve(study.fine_solution(model))
     found = {name: [] for name in ROWS}
-    for name, k in experiments.progress([(name, k) for k in steps for name in ROWS], desc=model.workdir.name):
+    for name, k in program.progress([(name, k) for k in steps for name in ROWS], desc=model.workdir.name):
         (l, s_and_b), options = ROWS[name]
-        table, _ = experiments.build_tableau(model, "dpmv3", k, with_fixed(ems, l, s_and_b), **options)
-        found[name].append(experiments.rms(solve(table) - fine))
+        table, _ = samplers.build_tableau(model, "dpmv3", k, with_fixed(ems, l, s_and_b), **options)
+        found[name].append(samplers.rms(solve(table) - fine))
     return found
 
 
@@ -73,4 +71,4 @@ def with_fixed(ems: EMS, l: float | None, s_and_b: float | None) -> EMS:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

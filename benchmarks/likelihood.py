@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags
 from scipy import integrate
 
-import experiment as experiments
 from benchmarks import timed
+from experiments import program, runs, samplers
 from score_sde import data
 from solvers import probability_flow
 
@@ -31,13 +31,13 @@ FINE = 1e-8  # of the solution in float64
 
 def main():
     # ------------------------------------------------------------------------------ images and what to compare
-    model = experiments.open_model(WORKDIR.value)
+    model = runs.open_model(WORKDIR.value)
     experiment, n = model.experiment, BATCH_SIZE.value
     sde, config = experiment.sde, experiment.config
     t_min, centered = config.eval.likelihood.t_min, config.data.centered
     batch = experiment.images("test").take(np.arange(n))
     dequantize = functools.partial(data.preprocess, random_flip=False, uniform_dequantization=True, centered=centered)
-    x = jax.vmap(dequantize)(experiments.sample_keys(0, np.arange(n)), jnp.asarray(batch["image"]))
+    x = jax.vmap(dequantize)(samplers.sample_keys(0, np.arange(n)), jnp.asarray(batch["image"]))
     probe = probability_flow.rademacher(jax.random.key(1), 1, x.shape)
     noise_of = lambda params: experiment.noise_of(params, batch.get("label"))
     bits = lambda logp: np.asarray(
@@ -116,4 +116,4 @@ class Published:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

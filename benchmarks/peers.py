@@ -20,20 +20,21 @@ import torch
 from absl import flags
 from torch.utils.flop_counter import FlopCounterMode
 
-import experiment as experiments
 from benchmarks import timed
+from experiments import program
+from experiments.build import Experiment, build
 from score_sde import parallel
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
 
-CONFIG = experiments.config_flag()
+CONFIG = program.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Calls timed of each.", lower_bound=1)
 STEPS = 50  # of the solvers, whose network is free here
 
 
 def main():
-    config = experiments.config_of(CONFIG)
-    experiment = experiments.build(config)
+    config = program.config_of(CONFIG)
+    experiment = build(config)
     batch = config.training.batch_size
     parallel.batch_per_device(batch)
     print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, CPU; seconds\n")
@@ -59,7 +60,7 @@ def convolutions():
     return (functools.partial(ours, maps, kernel), theirs), (operations, operations)
 
 
-def networks(experiment: experiments.Experiment, batch: int):
+def networks(experiment: Experiment, batch: int):
     """Forward pass and training step of both networks; their operations as XLA and torch count them."""
     config, shape = experiment.config, (batch, *experiment.image_shape)
     model = config.model
@@ -106,7 +107,7 @@ def networks(experiment: experiments.Experiment, batch: int):
         yield name, ((ours, call), (timed.operations(jax.jit(function), *arguments), their_operations(call)))
 
 
-def solvers(experiment: experiments.Experiment, batch: int):
+def solvers(experiment: Experiment, batch: int):
     """All steps of both around a network that returns its input."""
     table = jax.tree.map(np.float32, dpm_solver_pp(experiment.sde, STEPS))
     x = jnp.ones((batch, *experiment.image_shape))
@@ -125,4 +126,4 @@ def solvers(experiment: experiments.Experiment, batch: int):
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

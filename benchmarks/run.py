@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-import experiment as experiments
 from benchmarks import timed
 from ems import estimate
+from experiments import program, samplers
+from experiments.build import build
 from score_sde import data, parallel
 from solvers import SOLVERS, probability_flow, tableau
 
-CONFIG = experiments.config_flag()
+CONFIG = program.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Calls timed of each.", lower_bound=1)
 STEPS = 12  # network evaluations of each solver
 
@@ -33,8 +34,8 @@ def seconds(function, *arguments) -> float:
 
 def main():
     # ------------------------------------------------------------------------------ what is timed, and on what
-    config = experiments.config_of(CONFIG)
-    experiment = experiments.build(config)
+    config = program.config_of(CONFIG)
+    experiment = build(config)
     batch_size = config.training.batch_size
     parallel.batch_per_device(batch_size)
     params = experiment.init_params(0)
@@ -86,7 +87,7 @@ def main():
     two_pass = jax.jit(functools.partial(published_two_pass, experiment))
     show("EMS, one node, the published two passes", seconds(two_pass, params, x, t))
 
-    draws = experiments.draws(experiment, experiments.sample_keys(0, np.arange(batch_size)))
+    draws = samplers.draws(experiment, samplers.sample_keys(0, np.arange(batch_size)))
     solve = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x, draws))
     times = experiment.sde.t_min, experiment.sde.t_max
     tables = {
@@ -127,4 +128,4 @@ def published_two_pass(experiment, params, x, t):
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

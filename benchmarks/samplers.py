@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from absl import flags
 
-import experiment as experiments
 from benchmarks import study
+from experiments import program, samplers
 from score_sde import parallel
 from score_sde.metrics import features
 from solvers import predictor_corrector
@@ -59,7 +59,7 @@ def compared(model, network, n: int, num_samples: int, seeds: int):
     reference, floor, floor_images = study.reference_and_floor(model, network)
     cells = {name: {} for name in PREDICTORS}
     rows = [(name, column) for name in PREDICTORS for column in COLUMNS if column != "C, 2 N"]
-    for name, column in experiments.progress([*rows, (None, "C, 2 N")], desc=model.workdir.name):
+    for name, column in program.progress([*rows, (None, "C, 2 N")], desc=model.workdir.name):
         steps, corrector = COLUMNS[column]
         sample = sampler(model, num_samples, n=steps * n, corrector=corrector, **PREDICTORS.get(name, NO_PREDICTOR))
         found = [features.frechet(study.of_samples(model, network, sample(seed)), reference) for seed in range(seeds)]
@@ -74,9 +74,9 @@ def sampler(model, num_samples: int, *, n: int, **options) -> Callable:
     options |= dict(n=n, snr=experiment.config.sampling.snr)
 
     def one_device(params, seed, index):
-        keys = experiments.sample_keys(seed, index)
-        noise, x = experiment.noise_of(params, experiment.classes(index)), experiments.prior(experiment, keys)
-        return predictor_corrector.sample(noise, experiment.sde, x, experiments.draws(experiment, keys), **options)
+        keys = samplers.sample_keys(seed, index)
+        noise, x = experiment.noise_of(params, experiment.classes(index)), samplers.prior(experiment, keys)
+        return predictor_corrector.sample(noise, experiment.sde, x, samplers.draws(experiment, keys), **options)
 
     on_devices, params = parallel.pmap(one_device, in_axes=(0, None, 0)), parallel.replicate(model.params)
 
@@ -89,4 +89,4 @@ def sampler(model, num_samples: int, *, n: int, **options) -> Callable:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

@@ -12,16 +12,17 @@ import time
 import jax
 from absl import flags
 
-import experiment as experiments
 from benchmarks import timed
+from experiments import program
+from experiments.build import build
 
-CONFIG = experiments.config_flag()
+CONFIG = program.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Steps timed of each.", lower_bound=1)
 
 
 def main():
-    config = experiments.config_of(CONFIG)
-    experiment = experiments.build(config)
+    config = program.config_of(CONFIG)
+    experiment = build(config)
     batch = config.training.batch_size
     print(
         "| processes | devices of each | batch | first step | seconds of a step | images/s |\n|---|---|---|---|---|---|"
@@ -37,4 +38,4 @@ def main():
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

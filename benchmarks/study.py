@@ -9,9 +9,8 @@ import jax
 import numpy as np
 from absl import flags
 
-import experiment as experiments
-import image_quality
-from score_sde import VERSION, files, parallel, report
+from experiments import quality, report, runs, samplers
+from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features
 from solvers import tableau
@@ -23,13 +22,13 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", 256, "Noises that everything s
 SEEDS = flags.DEFINE_integer("seeds", 3, "Repeats with other noise.", lower_bound=2)
 NETWORK = flags.DEFINE_string("network", None, "Weights of the feature network; those of the data set if absent.")
 
-FOLDER = experiments.RUNS / "benchmarks"
+FOLDER = runs.RUNS / "benchmarks"
 BATCH = 256  # samples at a time
 
 
-def models() -> Iterator[experiments.Model]:
+def models() -> Iterator[runs.Model]:
     """Those of --workdir."""
-    return (experiments.open_model(workdir) for workdir in WORKDIR.value or [None])
+    return (runs.open_model(workdir) for workdir in WORKDIR.value or [None])
 
 
 def steps() -> list[int]:
@@ -37,10 +36,10 @@ def steps() -> list[int]:
     return [int(text) for text in STEPS.value]
 
 
-def from_noises(model: experiments.Model, seed: int, n: int) -> Callable:
+def from_noises(model: runs.Model, seed: int, n: int) -> Callable:
     """tableau -> samples (n, H, W, C) in the data range, from the same n noises each time."""
     experiment, size = model.experiment, parallel.round_up(min(n, BATCH))
-    sample = experiments.sampler(model, experiment.noise_of, seed)
+    sample = samplers.sampler(model, experiment.noise_of, seed)
 
     def solve(table: tableau.Tableau) -> np.ndarray:
         return np.concatenate([sample(table, np.arange(i, i + size)) for i in range(0, n, size)])[:n]
@@ -48,29 +47,27 @@ def from_noises(model: experiments.Model, seed: int, n: int) -> Callable:
     return solve
 
 
-def fine_solution(model: experiments.Model, part: int = 1) -> tableau.Tableau:
+def fine_solution(model: runs.Model, part: int = 1) -> tableau.Tableau:
     """The solver that others are compared with, in 1 / part of its evaluations."""
     return dpm_solver_pp(model.experiment.sde, model.experiment.config.eval.fine_steps // part, order=2)
 
 
-def feature_network(model: experiments.Model) -> features.FeatureNetwork:
+def feature_network(model: runs.Model) -> features.FeatureNetwork:
     """The network of --network, or the local one of the model's data set, of this package or in runs/."""
     stem = f"resnet20_{pathlib.Path(model.experiment.config.data.dataset).stem}"
-    own = features.local_networks().get(stem.replace("_", "-", 1), experiments.RUNS / f"{stem}.npz")
+    own = features.local_networks().get(stem.replace("_", "-", 1), runs.RUNS / f"{stem}.npz")
     if NETWORK.value is None and not own.exists():
-        raise UserError(f"no feature network {own}: train it by python -m score_sde.metrics with --folder=runs")
+        raise UserError(f"no feature network {own}: train it by python -m tools.train_features with --folder=runs")
     return features.local(NETWORK.value or own)
 
 
-def reference_and_floor(
-    model: experiments.Model, network: features.FeatureNetwork
-) -> tuple[features.Statistics, float, int]:
+def reference_and_floor(model: runs.Model, network: features.FeatureNetwork) -> tuple[features.Statistics, float, int]:
     """Statistics of the training images; the Frechet distance of all test images to them, and their number."""
-    train, test = (image_quality.data_statistics(model.experiment, network, split)[0] for split in ("train", "test"))
+    train, test = (quality.data_statistics(model.experiment, network, split)[0] for split in ("train", "test"))
     return train, distances.frechet_distance(test.mean, test.covariance, train.mean, train.covariance), test.n
 
 
-def of_samples(model: experiments.Model, network: features.FeatureNetwork, x: np.ndarray) -> features.Measured:
+def of_samples(model: runs.Model, network: features.FeatureNetwork, x: np.ndarray) -> features.Measured:
     """Features of samples x (n, H, W, C) in the data range."""
     images = model.experiment.to_uint8(x)
     return features.measure(network, lambda start, stop: images[start:stop], len(images), batch_size=BATCH)

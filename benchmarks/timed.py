@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experiment import Experiment
 
 from ems.statistics import EMS
-from experiment import Experiment
 from score_sde import parallel, training
 
 

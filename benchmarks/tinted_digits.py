@@ -12,8 +12,8 @@ import pathlib
 
 import numpy as np
 
-import experiment as experiments
-from score_sde import data, files
+from experiments import program
+from score_sde import files, sources
 
 PATH = pathlib.Path("data/tinted_digits.npz")
 
@@ -21,7 +21,7 @@ PATH = pathlib.Path("data/tinted_digits.npz")
 def main():
     random, arrays = np.random.Generator(np.random.Philox(0)), {}
     for split in ("train", "test"):
-        digits = data.load("digits", split, image_size=8, num_channels=1)
+        digits = sources.load("digits", split, image_size=8, num_channels=1)
         batch = digits.take(np.arange(digits.size))
         colour = random.random((digits.size, 1, 1, 3))
         arrays |= {f"{split}_images": (batch["image"] * colour).astype(np.uint8), f"{split}_labels": batch["label"]}
@@ -30,4 +30,4 @@ def main():
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

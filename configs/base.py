@@ -25,55 +25,6 @@ SDES = {
     "flow": dict(sde=dict(name="flow", t_min=1e-3), output="flow", label="time"),
 }
 
-# What numbers must be, beyond their type: (what is expected, whether it is so, fields). `model` may lack some of them.
-RULES = (
-    (
-        "a whole number of at least 1",
-        lambda value: isinstance(value, int) and value >= 1,
-        (
-            *("data.image_size", "denoiser.num_scales"),
-            *(f"training.{name}" for name in ("batch_size", "n_iters", "accumulate", "steps_per_call")),
-            *(f"training.{name}_freq" for name in ("log", "eval", "checkpoint", "keep")),
-            *(f"sampling.{name}" for name in ("steps", "num_samples", "batch_size", "pc_steps")),
-            *(f"ems.{name}" for name in ("num_data", "batch_size")),
-            *(f"eval.{name}" for name in ("num_data", "batch_size", "num_samples")),
-            *(f"eval.likelihood.{name}" for name in ("num_data", "repeats", "num_probes")),
-            *("model.nf", "model.num_res_blocks", "model.blocks_per_group", "model.channel_multiplier"),
-            *("model.num_outputs", "model.patch_size", "model.num_scales"),
-        ),
-    ),
-    ("at least 2", lambda value: value >= 2, ("ems.nodes", "eval.fine_steps")),
-    (
-        "at least 0",
-        lambda value: 0 <= value < float("inf"),
-        (
-            *("optim.warmup", "optim.weight_decay", "optim.eps", "training.cooldown"),
-            *("sampling.corrector_steps", "model.num_classes"),
-        ),
-    ),
-    (
-        "positive",
-        lambda value: 0 < value < float("inf"),
-        (
-            *("optim.lr", "sampling.snr", "training.t_min", "denoiser.sigma_data"),
-            *(f"eval.likelihood.{name}" for name in ("t_min", "rtol", "atol")),
-        ),
-    ),
-    ("in [0, 1)", lambda value: 0 <= value < 1, ("optim.beta1", "training.label_dropout", "model.dropout")),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, ("training.ema_rate",)),
-    (
-        "one or more whole numbers of at least 1",
-        lambda values: len(values) > 0 and all(isinstance(value, int) and value >= 1 for value in values),
-        ("model.ch_mult", "eval.steps"),
-    ),
-    (
-        "the mean and the positive standard deviation of lam",
-        lambda value: len(value) == 2 and abs(value[0]) < 100 and 0 < value[1] < 100,
-        ("training.lam_normal",),
-    ),
-    ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
-)
-
 
 def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     """Every default, for one of SDES and that many noise levels."""
@@ -87,7 +38,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     data.image_size = 32
     data.num_channels = 3
     data.crop = placeholder(int)  # side of a central crop before resizing
-    data.resize = "none"  # "none", "pad", "crop_resize" or "resize_crop" (score_sde/data.py)
+    data.resize = "none"  # "none", "pad", "crop_resize" or "resize_crop" (score_sde/sources.py)
     data.centered = not exploding  # data range [-1, 1] instead of [0, 1]
     data.random_flip = True
     data.uniform_dequantization = False

@@ -15,8 +15,7 @@ quick, 120 nodes and 1024 images; paper, 1200 nodes and 4096 images.
 
 from absl import flags
 
-import experiment as experiments
-import model_statistics
+from experiments import measuring, program, runs
 from score_sde.errors import UserError
 
 PRESETS = {"quick": dict(nodes=120, num_data=1024), "paper": dict(nodes=1200, num_data=4096)}
@@ -41,17 +40,17 @@ def main(arguments):
         raise UserError(f"unexpected argument {command!r}: expected merge, published, or options written --name=value")
     if len(files) < least[command] or (command != "merge" and len(files) > least[command]):
         raise UserError(f"python -m ems {command} takes {least[command]} file(s) (merge: or more), got {len(files)}")
-    model = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
+    model = runs.open_model(WORKDIR.value, CHECKPOINT.value)
     if command == "merge":
-        model_statistics.merge(model, files)
+        measuring.merge(model, files)
     elif command == "published":
         t_end = model.experiment.sde.t_min if T_END.value is None else T_END.value
-        model_statistics.take_published(model, *files, t_end=t_end)
+        measuring.take_published(model, *files, t_end=t_end)
     else:
         given = dict(nodes=NODES.value, num_data=NUM_DATA.value, batch_size=BATCH_SIZE.value, t_end=T_END.value)
         given = {name: value for name, value in given.items() if value is not None}
         budget = dict(model.experiment.config.ems) | PRESETS.get(PRESET.value, {}) | given
-        model_statistics.measure(
+        measuring.measure(
             model,
             **budget,
             seed=SEED.value,
@@ -62,4 +61,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    experiments.run(main, files=True)
+    program.run(main, files=True)

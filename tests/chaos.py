@@ -20,7 +20,7 @@ import time
 import numpy as np
 from absl import flags
 
-import experiment as experiments
+from experiments import program
 from score_sde import checkpoint
 from tests import programs
 from tests.programs import arrays_of, ended, equal, restored, said, start, torment, wait_until
@@ -137,7 +137,7 @@ def killed_sampling(folder, times, rng):
 def killed_evaluation(folder, times, rng):
     reference, log, runs = whole(folder), folder / "log", []
     network = ["--dataset=digits", "--name=digits", "--image_size=8", "--num_channels=1", "--epochs=1"]
-    ended(log, start(log, "-m", "score_sde.metrics", *network, f"--folder={folder}"))
+    ended(log, start(log, "-m", "tools.train_features", *network, f"--folder={folder}"))
 
     def make():
         runs.append(folder / f"evaluation{len(runs)}")
@@ -284,4 +284,4 @@ def main():
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-import experiment as experiments
+from experiments import runs
+from experiments.build import build
 from score_sde import checkpoint, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -121,7 +122,7 @@ def torment(
 
 def restored(workdir: pathlib.Path, step: int) -> list[np.ndarray]:
     """Every array of a checkpoint, as a run reads it."""
-    experiment = experiments.build(experiments.read_config(workdir))
+    experiment = build(runs.read_config(workdir))
     optimizer = training.make_optimizer(**experiment.config.optim)
     template = jax.eval_shape(lambda params: training.init_state(params, optimizer), experiment.params_template())
     return jax.tree.leaves(checkpoint.Checkpoints(workdir).restore(step, template)[0])

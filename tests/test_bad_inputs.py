@@ -18,8 +18,9 @@ import pytest
 from absl import flags
 from PIL import Image
 
-import experiment as experiments
 from ems import estimate, moments, statistics
+from experiments import runs
+from experiments.build import build
 from score_sde import checkpoint, files, training
 
 PROGRAMS = {
@@ -27,9 +28,9 @@ PROGRAMS = {
     "sample": "sample",
     "evaluate": "evaluate",
     "ems": "ems.__main__",
-    "importers": "score_sde.importers.__main__",
-    "search": "solvers.search.__main__",
-    "metrics": "score_sde.metrics.__main__",
+    "importers": "tools.import_checkpoint",
+    "search": "tools.search",
+    "metrics": "tools.train_features",
 }
 
 # ------------------------------------------------------------------------------------------------ what is given
@@ -66,7 +67,7 @@ CONFIGS = {
 def make_run(folder: pathlib.Path, config: str, seed: int = 0):
     """The config and the state of a run of eight steps that never trained."""
     config = runpy.run_path(folder / config)["get_config"]()
-    experiment = experiments.build(config)
+    experiment = build(config)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), experiment.params_template())
     state = training.init_state(params, training.make_optimizer(**config.optim))
@@ -74,7 +75,7 @@ def make_run(folder: pathlib.Path, config: str, seed: int = 0):
 
 
 def write_run(workdir: pathlib.Path, config, state) -> pathlib.Path:
-    experiments.claim_workdir(workdir, config)
+    runs.claim_workdir(workdir, config)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=4)
     checkpoints.save(state, {"stream": "another", "position": 8, "seed": 42})
     checkpoints.wait()
@@ -83,7 +84,7 @@ def write_run(workdir: pathlib.Path, config, state) -> pathlib.Path:
 
 def write_ems(folder: pathlib.Path, workdir: pathlib.Path):
     """A file that fits the run, and what may be wrong with such a file; moments likewise."""
-    model = experiments.open_model(str(workdir))
+    model = runs.open_model(str(workdir))
     node = estimate.nodes(model.experiment.sde, 22)
     shape = (23, *model.experiment.image_shape)
     origin = dict(
@@ -187,13 +188,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     for name, text in CONFIGS.items():
         (folder / name).write_text(text)
-    runs = folder / "runs"
+    at = folder / "runs"
     config, state = make_run(folder, "tiny.py")
     with contextlib.redirect_stdout(io.StringIO()):
-        write_ems(folder, write_run(runs / "tiny", config, state))
-        write_run(runs / "by_class", *make_run(folder, "by_class.py"))
-        write_run(runs / "classifier", *make_run(folder, "classifier.py"))
-        write_run(runs / "ve", *make_run(folder, "ve.py", seed=1))
+        write_ems(folder, write_run(at / "tiny", config, state))
+        write_run(at / "by_class", *make_run(folder, "by_class.py"))
+        write_run(at / "classifier", *make_run(folder, "classifier.py"))
+        write_run(at / "ve", *make_run(folder, "ve.py", seed=1))
     write_data(folder / "data")
     write_foreign(folder / "foreign")
     for name, text in (
@@ -205,12 +206,12 @@ def folder(tmp_path_factory):
         ("flat", json.dumps(config.to_dict() | {"training": 3})),
         ("typed", json.dumps(config.to_dict() | {"data": config.data.to_dict() | {"image_size": "8"}})),
     ):
-        files.write(runs / f"config_{name}" / "config.json", text)
-    files.write(runs / "occupied" / "notes.txt", "mine")
-    files.write(runs / "file", "a file")
-    experiments.claim_workdir(runs / "unfinished", config)
-    shutil.copytree(runs / "tiny", runs / "damaged")
-    for path in (runs / "damaged" / "checkpoints" / "8").rglob("*"):
+        files.write(at / f"config_{name}" / "config.json", text)
+    files.write(at / "occupied" / "notes.txt", "mine")
+    files.write(at / "file", "a file")
+    runs.claim_workdir(at / "unfinished", config)
+    shutil.copytree(at / "tiny", at / "damaged")
+    for path in (at / "damaged" / "checkpoints" / "8").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
     other = {"solver": "deis", "steps": 4, "options": {}, "checkpoint": "another"}
@@ -218,8 +219,8 @@ def folder(tmp_path_factory):
         ("other", json.dumps(other)),
         ("cut", "{"),
         ("list", "[]"),
-        ("options", json.dumps(other | {"checkpoint": experiments.checkpoint.identity(state.ema), "options": [1]})),
-        ("steps", json.dumps(other | {"checkpoint": experiments.checkpoint.identity(state.ema), "steps": "many"})),
+        ("options", json.dumps(other | {"checkpoint": checkpoint.identity(state.ema), "options": [1]})),
+        ("steps", json.dumps(other | {"checkpoint": checkpoint.identity(state.ema), "steps": "many"})),
     ):
         (folder / f"search_{name}.json").write_text(text)
     return folder
@@ -402,12 +403,12 @@ BAD = {
     "neither predictor nor corrector": (SAMPLE + "--solver=pc --option predictor=none", "neither", "predictor="),
     "negative tolerance": (SAMPLE + "--solver=ode --option rtol=-1", "rtol=-1", "positive"),
     "steps of the adaptive solver": (SAMPLE + "--solver=ode --steps=5", "--steps=5", "rtol"),
-    "absent search": (SAMPLE + "--tableau=none.json", "none.json", "solvers.search"),
-    "cut search": (SAMPLE + "--tableau=search_cut.json", "search_cut.json", "solvers.search"),
-    "search is a list": (SAMPLE + "--tableau=search_list.json", "search_list.json", "solvers.search"),
+    "absent search": (SAMPLE + "--tableau=none.json", "none.json", "tools.search"),
+    "cut search": (SAMPLE + "--tableau=search_cut.json", "search_cut.json", "tools.search"),
+    "search is a list": (SAMPLE + "--tableau=search_list.json", "search_list.json", "tools.search"),
     "search of another model": (SAMPLE + "--tableau=search_other.json", "another", "search again"),
-    "search with bad options": (SAMPLE + "--tableau=search_options.json", "search_options.json", "solvers.search"),
-    "search with bad steps": (SAMPLE + "--tableau=search_steps.json", "search_steps.json", "solvers.search"),
+    "search with bad options": (SAMPLE + "--tableau=search_options.json", "search_options.json", "tools.search"),
+    "search with bad steps": (SAMPLE + "--tableau=search_steps.json", "search_steps.json", "tools.search"),
     "search and a solver": (SAMPLE + "--tableau=search_other.json --solver=deis", "--solver", "leave out"),
     # guidance and tasks
     "label without classes": (SAMPLE + "--label=3", "--label=3", "no classes", "digits_conditional"),
@@ -614,7 +615,7 @@ def test_training_stops_before_numbers_that_are_not_finite_or_skips_them(folder,
     for words in ("error: ", "not finite at step 1, batch 1", "digits (train)", "non_finite=skip"):
         assert words in line
     saved = checkpoint.Checkpoints(folder / "runs" / "diverged")
-    template = experiments.build(runpy.run_path("tiny.py")["get_config"]()).params_template()
+    template = build(runpy.run_path("tiny.py")["get_config"]()).params_template()
     assert saved.steps() == [1]
     kept = saved.restore_ema(1, template)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
@@ -628,6 +629,6 @@ def test_training_stops_before_numbers_that_are_not_finite_or_skips_them(folder,
 def test_compilation_cache_has_a_switch(given, kept, folder, monkeypatch):
     monkeypatch.chdir(folder)
     found = []
-    monkeypatch.setattr(experiments.parallel, "start", lambda *_: found.append(jax.config.jax_compilation_cache_dir))
+    monkeypatch.setattr("score_sde.parallel.start", lambda *_: found.append(jax.config.jax_compilation_cache_dir))
     assert run(f"train --compilation_cache={given}") == 2
     assert found == [kept]

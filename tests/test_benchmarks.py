@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import measuring, runs
+from experiments.build import Experiment
+
 SEEDS, SAMPLES, STEPS = 2, 32, [5, 10]
 
 
 def run_studies(folder) -> dict:
     """What each study finds. In a process of its own: programs define flags."""
-    import experiment as experiments
-    import model_statistics
     from benchmarks import ems_budget, few_steps, ingredients, samplers, study
     from configs import digits
     from ems import statistics
@@ -21,7 +22,7 @@ def run_studies(folder) -> dict:
     from score_sde.metrics import features, resnet
     from tests.mixture import Mixture
 
-    study.FOLDER = experiments.RUNS = folder
+    study.FOLDER = runs.RUNS = folder
     samplers.PREDICTORS = {"reverse diffusion": samplers.PREDICTORS["reverse diffusion"]}
     few = ("DDIM", "SDE-DPM-Solver++ 2M", "DEIS tAB3", "F-PNDM", "DPM-Solver-v3")
     few_steps.SOLVERS = {name: few_steps.SOLVERS[name] for name in few}
@@ -42,9 +43,9 @@ def run_studies(folder) -> dict:
         config.ems.batch_size = 16
         config.eval.fine_steps = 200
     vp = sde.VP(t_min=0.02)
-    exact = experiments.Experiment(config, vp, None, lambda params, y=None: mixture.noise_fn(vp))
-    model = experiments.Model(folder / "vp", exact, {"none": jnp.zeros(1)}, 0, "mixture")
-    ems = statistics.load(model_statistics.measure(model, nodes=132, num_data=64, batch_size=16))
+    exact = Experiment(config, vp, None, lambda params, y=None: mixture.noise_fn(vp))
+    model = runs.Model(folder / "vp", exact, {"none": jnp.zeros(1)}, 0, "mixture")
+    ems = statistics.load(measuring.measure(model, nodes=132, num_data=64, batch_size=16))
     compared = few_steps.compared(model, ems, network, STEPS, SAMPLES)
     compared["seconds"] = few_steps.timed(model, ems, 1)
     return dict(

@@ -87,7 +87,8 @@ SAMPLE = """
 import json, sys
 import numpy as np
 from absl import flags
-import experiment, sample
+import sample
+from experiments import program
 from score_sde.errors import UserError
 lines, tabled = {}, sample.tabled
 
@@ -102,7 +103,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
     flags.FLAGS.unparse_flags()
     sample.tabled = failing if name == "second batch" else tabled
     try:
-        experiment._parse(["sample.py", f"--name={name}", *arguments])
+        program._parse(["sample.py", f"--name={name}", *arguments])
         sample.main()
         lines[name] = None
     except UserError as error:

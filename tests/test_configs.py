@@ -11,7 +11,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-import experiment
+from experiments import runs
+from experiments.build import Experiment, build
+from experiments.config import check_fields, flat
 from score_sde.errors import UserError
 from tests.reference import cases, needs_reference
 
@@ -254,7 +256,7 @@ PUBLISHED = {
 def test_resolved_values(name):
     """Literal, so that no change of a default or of a shared function goes unseen."""
     config = load(name).get_config()
-    fields = experiment.flat(config)
+    fields = flat(config)
     row = BASE | PUBLISHED[name]
     assert config.model.to_dict() == NETWORKS[row.pop("model")]
     assert config.sde.to_dict() == row.pop("sde")
@@ -385,8 +387,8 @@ OFFICIAL = cases("A_cifar10") | cases("A_large")
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_equal_to_the_published_file(name):
     config = load(name).get_config()
-    ours = experiment.flat(config)
-    official = translated(experiment.flat(OFFICIAL[name]["config"]) | CORRECTED.get(name, {}))
+    ours = flat(config)
+    official = translated(flat(OFFICIAL[name]["config"]) | CORRECTED.get(name, {}))
     assert {field: ours.get(field, "absent") for field in official} == official
     # what is ours alone: not a published value, or not a field of the official files
     extra = set(BASE) | {f"sde.{key}" for key in config.sde} | {f"model.{key}" for key in config.model}
@@ -443,7 +445,7 @@ def plain(config: ConfigDict) -> dict:
 
 def reopened(folder: pathlib.Path, fields: dict) -> ConfigDict:
     (folder / "config.json").write_text(json.dumps(fields))
-    return experiment.read_config(folder)
+    return runs.read_config(folder)
 
 
 @pytest.mark.parametrize("name", OLD_TRAINING)
@@ -467,7 +469,7 @@ def test_an_older_run_of_v_has_the_weight_of_its_network(tmp_path):
     config = load("cifar10_small").get_config()
     before = older(config, dict(continuous=True, v_weighting=True, lam_normal=[0.8, 1.5]), dict(scale_by_sigma=False))
     assert reopened(tmp_path, before).training.weight == "network"
-    experiment.claim_workdir(tmp_path, config)  # which refuses a run of another config
+    runs.claim_workdir(tmp_path, config)  # which refuses a run of another config
 
 
 @pytest.mark.parametrize(
@@ -495,7 +497,7 @@ def test_file(name):
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     values(argv)
     assert holder.value.training.n_iters == 7
-    experiment.check_fields(holder.value, path)
+    check_fields(holder.value, path)
     config = load(name).get_config()
     for section in (config, *(value for _, value in config.items() if isinstance(value, ConfigDict))):
         with pytest.raises(AttributeError):
@@ -509,7 +511,7 @@ TEMPLATES = {}
 def test_builds(name, monkeypatch):
     """Its SDE and network exist and fit its images, and its docstring counts the parameters right."""
     config = load(name).get_config()
-    trace = experiment.Experiment.params_template
+    trace = Experiment.params_template
 
     def traced_once(self):
         key = (self.config.model.to_json(), self.image_shape)
@@ -517,8 +519,8 @@ def test_builds(name, monkeypatch):
             TEMPLATES[key] = trace(self)
         return TEMPLATES[key]
 
-    monkeypatch.setattr(experiment.Experiment, "params_template", traced_once)
-    params = experiment.build(config).params_template()
+    monkeypatch.setattr(Experiment, "params_template", traced_once)
+    params = build(config).params_template()
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     stated = re.search(r"([\d.]+) M parameters", load(name).__doc__)[1]
     assert stated == f"{millions:.{len(stated.partition('.')[2])}f}"

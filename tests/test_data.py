@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from score_sde import data
-from score_sde.data import Images, Stream, load, permutation, preprocess, to_data_range, to_uint8, to_unit
+from score_sde import sources
+from score_sde.data import Images, Stream, permutation, preprocess, to_data_range, to_uint8, to_unit
 from score_sde.errors import UserError
+from score_sde.sources import load
 
 RNG = np.random.default_rng(0)
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
@@ -272,7 +273,7 @@ def test_encodings(tmp_path, suffix):
 
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["in memory", "decoded batch by batch"])
 def test_large_sets_are_read_as_small_ones(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(data, "MEMORY_BYTES", limit)
+    monkeypatch.setattr(sources, "MEMORY_BYTES", limit)
     written = save_images(tmp_path, [f"{i % 2}/{i}.png" for i in range(10)])
     images = load(str(tmp_path), "all", image_size=8, num_channels=3)
     order = sorted(written)
@@ -341,7 +342,7 @@ def test_tfds_that_cannot_be_prepared_says_what_to_do(tmp_path, monkeypatch):
 
 
 def fitted(image, image_size, num_channels=3, resize="none", crop=None):
-    return data.fit(image, "image", image_size, num_channels, resize, crop)
+    return sources.fit(image, "image", image_size, num_channels, resize, crop)
 
 
 def test_central_crop_and_padding():

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import experiment as experiments
-import model_statistics
 from configs import digits, digits_conditional
 from ems import estimate, moments, statistics
+from experiments import measuring, runs, samplers
+from experiments.build import build
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
 from solvers import dpm_solver_v3, tableau
@@ -225,11 +225,11 @@ def small(config):
 
 
 @functools.cache
-def model_of(folder, conditional: bool = False) -> experiments.Model:
-    experiment = experiments.build(small((digits_conditional if conditional else digits).get_config()))
+def model_of(folder, conditional: bool = False) -> runs.Model:
+    experiment = build(small((digits_conditional if conditional else digits).get_config()))
     rng = np.random.default_rng(0)  # parameters before training make a network that is zero
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), experiment.init_params(0))
-    return experiments.Model(folder, experiment, params, 8, "c0ffee")
+    return runs.Model(folder, experiment, params, 8, "c0ffee")
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def model(tmp_path_factory):
 
 def test_two_machines_and_one_write_the_same_statistics(model, capsys):
     """Through the files that the program writes; a finished measurement is not repeated."""
-    measure = functools.partial(model_statistics.measure, model, nodes=12, batch_size=8)
+    measure = functools.partial(measuring.measure, model, nodes=12, batch_size=8)
     halves = [measure(num_data=8, first_image=first) for first in (0, 8)]
     assert "so no standard errors" in capsys.readouterr().out
     assert statistics.load(halves[0]).errors is None
@@ -249,14 +249,14 @@ def test_two_machines_and_one_write_the_same_statistics(model, capsys):
         assert words in text
     expected = statistics.load(whole)
     whole.rename(whole.with_suffix(".alone"))
-    merged = model_statistics.merge(model, [str(path) for path in halves])
+    merged = measuring.merge(model, [str(path) for path in halves])
     assert merged == whole
-    ours = model_statistics.load(model, merged)
+    ours = measuring.load(model, merged)
     for key in ("l", "s", "b", "errors"):
         np.testing.assert_allclose(getattr(ours, key), getattr(expected, key), rtol=1e-7, atol=1e-9, err_msg=key)
     assert ours.origin["images"] == [[0, 8], [8, 16]]
     assert ours.origin["samples"]["standard_error"] > 0
-    assert model_statistics.find(model) == merged
+    assert measuring.find(model) == merged
     capsys.readouterr()
     measure(num_data=16)
     assert "already measured" in capsys.readouterr().out
@@ -264,15 +264,15 @@ def test_two_machines_and_one_write_the_same_statistics(model, capsys):
 
 def test_statistics_on_own_samples_and_on_latents(model, tmp_path):
     """Own samples are what DPM-Solver++ draws; given as latents, x0 as it is, they give the same statistics."""
-    source = model_statistics.own_samples(model, model.experiment.noise_of, 0)
+    source = measuring.own_samples(model, model.experiment.noise_of, 0)
     (x0,) = source.take(np.arange(8))
-    sampled = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, source="samples")
+    sampled = measuring.measure(model, nodes=12, num_data=8, batch_size=8, source="samples")
     assert statistics.load_origin(sampled)["data"] == "own samples"
     np.savez(tmp_path / "made.npz", latents=x0)
-    given = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, source=str(tmp_path / "made.npz"))
+    given = measuring.measure(model, nodes=12, num_data=8, batch_size=8, source=str(tmp_path / "made.npz"))
     np.testing.assert_allclose(statistics.load(given).l, statistics.load(sampled).l, atol=1e-6)
     assert statistics.load_origin(given)["latent"]
-    options = experiments.build_tableau(model, "dpmv3", 7, statistics.load(given))[1]
+    options = samplers.build_tableau(model, "dpmv3", 7, statistics.load(given))[1]
     assert (options["grid"], options["corrector_pseudo"]) == ("time", True)
 
 
@@ -288,24 +288,24 @@ def test_statistics_on_own_samples_and_on_latents(model, tmp_path):
 def test_other_files_than_latents_are_refused(model, arrays, words, tmp_path):
     np.savez(tmp_path / "made.npz", **arrays)
     with pytest.raises(UserError, match=words):
-        model_statistics.latents(model.experiment, str(tmp_path / "made.npz"))
+        measuring.latents(model.experiment, str(tmp_path / "made.npz"))
 
 
 def test_guided_statistics_belong_to_their_scale(tmp_path):
     """Measured on guided noise: another l than without; each is found by its scale and refused for others."""
     model = model_of(tmp_path, conditional=True)
-    guided = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=3.0)
-    plain = model_statistics.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=1.0)
-    assert model_statistics.find(model, 3.0) == guided
-    assert model_statistics.find(model) == plain
-    assert model_statistics.find(model, 2.0) is None
+    guided = measuring.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=3.0)
+    plain = measuring.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=1.0)
+    assert measuring.find(model, 3.0) == guided
+    assert measuring.find(model) == plain
+    assert measuring.find(model, 2.0) is None
     assert np.abs(statistics.load(guided).l - statistics.load(plain).l).max() > 1e-3
-    _, options = experiments.build_tableau(model, "dpmv3", 10, model_statistics.load(model, guided, 3.0))
+    _, options = samplers.build_tableau(model, "dpmv3", 10, measuring.load(model, guided, 3.0))
     assert (options["order"], options["corrector_pseudo"], options["grid"]) == (2, True, "time")
     with pytest.raises(UserError, match="was measured with guidance 3, sampling is without guidance"):
-        model_statistics.load(model, guided)
+        measuring.load(model, guided)
     with pytest.raises(UserError, match=r"measured without guidance, sampling is with guidance 2: .*--guidance=2"):
-        model_statistics.load(model, plain, 2.0)
+        measuring.load(model, plain, 2.0)
 
 
 def made_up(model, path, *, sde=None, shape=None, **origin):
@@ -331,17 +331,17 @@ def made_up(model, path, *, sde=None, shape=None, **origin):
     ],
 )
 def test_statistics_that_do_not_belong_are_refused(model, changes, words, tmp_path):
-    assert model_statistics.load(model, made_up(model, tmp_path / "own.npz")).l.shape == (13, 8, 8, 1)
+    assert measuring.load(model, made_up(model, tmp_path / "own.npz")).l.shape == (13, 8, 8, 1)
     with pytest.raises(UserError, match=words) as error:
-        model_statistics.load(model, made_up(model, tmp_path / "ems.npz", **changes))
+        measuring.load(model, made_up(model, tmp_path / "ems.npz", **changes))
     assert "\n" not in str(error.value)
 
 
 def test_longer_statistics_serve_a_shorter_range_and_the_published_end(model, tmp_path):
     """Above 10 evaluations a tenth of t_min is published: taken if the EMS reach that far, else where they end."""
-    end = lambda ems, steps, **options: experiments.build_tableau(model, "dpmv3", steps, ems, **options)[1]["t_end"]
-    short = model_statistics.load(model, made_up(model, tmp_path / "short.npz"))
-    longer = model_statistics.load(model, made_up(model, tmp_path / "long.npz", sde=sde_lib.VP(t_min=1e-4)))
+    end = lambda ems, steps, **options: samplers.build_tableau(model, "dpmv3", steps, ems, **options)[1]["t_end"]
+    short = measuring.load(model, made_up(model, tmp_path / "short.npz"))
+    longer = measuring.load(model, made_up(model, tmp_path / "long.npz", sde=sde_lib.VP(t_min=1e-4)))
     assert [end(short, steps) for steps in (10, 12)] == [1e-3, 1e-3]
     assert [end(longer, steps) for steps in (10, 12)] == [1e-3, 1e-4]
     with pytest.raises(UserError, match=r"down to t=0.0001, but these EMS end at t=0.001: .*--t_end=0.0001"):
@@ -353,7 +353,7 @@ def test_data_that_cannot_be_read_proposes_own_samples(model):
         model.experiment.config.data.dataset, kept = "no/where.npz", model.experiment.config.data.dataset
     try:
         with pytest.raises(UserError, match=r"no/where.npz.*--data=samples"):
-            model_statistics.measure(model, nodes=12, num_data=8, batch_size=8)
+            measuring.measure(model, nodes=12, num_data=8, batch_size=8)
     finally:
         with model.experiment.config.unlocked():
             model.experiment.config.data.dataset = kept

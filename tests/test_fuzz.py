@@ -21,13 +21,12 @@ import pytest
 from flax import serialization
 from PIL import Image
 
-import experiment as experiments
-import model_statistics
 from configs import digits
 from ems import moments, statistics
-from score_sde import data
+from experiments import measuring, runs, samplers
+from score_sde import sources
 from score_sde.errors import UserError
-from score_sde.importers.foreign import read_checkpoint
+from score_sde.foreign import read_checkpoint
 from score_sde.metrics import features, resnet
 from score_sde.sde import VP
 from tests.test_data import idx
@@ -94,14 +93,17 @@ def published(path):
     statistics.load_published(path.parent, VP(), (8, 8, 1), t_end=1e-3, origin={})
 
 
-images = lambda path: data.load(str(path), "all", image_size=8, num_channels=1)
+images = lambda path: sources.load(str(path), "all", image_size=8, num_channels=1)
 # kind of file: (its name, what a whole one holds, what reads it)
 READERS = {
     "images in .npz": ("a.npz", npz(images=EIGHT, labels=np.arange(20)), images),
     "IDX": ("a-images-idx3-ubyte", idx(EIGHT), images),
     "IDX, compressed": ("a-images-idx3-ubyte.gz", gzip.compress(idx(EIGHT)), images),
-    **{kind: (f"a.{kind.lower()}", encoded(kind), lambda path: data.decode(path, "a")) for kind in data.IMAGE_FORMATS},
-    "latents": ("a.npz", npz(latents=np.ones((4, 8, 8, 1))), lambda path: model_statistics.latents(MODEL, path)),
+    **{
+        kind: (f"a.{kind.lower()}", encoded(kind), lambda path: sources.decode(path, "a"))
+        for kind in sources.IMAGE_FORMATS
+    },
+    "latents": ("a.npz", npz(latents=np.ones((4, 8, 8, 1))), lambda path: measuring.latents(MODEL, path)),
     "EMS": ("a.npz", written(statistics.save, EMS), statistics.load),
     "EMS, origin": ("a.npz", written(statistics.save, EMS), statistics.load_origin),
     "EMS, published": ("l.npz", npz(l=np.ones((3, 1, 8, 8))), published),
@@ -115,8 +117,8 @@ READERS = {
     "PyTorch": ("a.pth", archive(tensor_program((2, 2), (2, 1)), a=FOUR), read_checkpoint),
     "PyTorch, old": ("a.pth", OLD_TORCH, read_checkpoint),
     "Flax": ("checkpoint_1", FLAX, read_checkpoint),
-    "search": ("a.json", json.dumps(SEARCH).encode(), lambda path: experiments.read_search(MODEL, path)),
-    "config": ("config.json", json.dumps(CONFIG).encode(), lambda path: experiments.read_config(path.parent)),
+    "search": ("a.json", json.dumps(SEARCH).encode(), lambda path: samplers.read_search(MODEL, path)),
+    "config": ("config.json", json.dumps(CONFIG).encode(), lambda path: runs.read_config(path.parent)),
 }
 
 # ------------------------------------------------------------------------------------------------ damage

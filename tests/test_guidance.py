@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import experiment as experiments
 from configs import digits, digits_conditional
+from experiments import runs
+from experiments.build import build, checked_labels
+from experiments.config import flat
 from score_sde import data, denoiser, guidance, training
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
@@ -275,9 +277,7 @@ def test_classes_add_one_table_to_the_network():
     """A network without classes has the parameters it had; with them, one embedding more, for "no class" too."""
     shapes = [
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
-        for template in (
-            experiments.build(module.get_config()).params_template() for module in (digits, digits_conditional)
-        )
+        for template in (build(module.get_config()).params_template() for module in (digits, digits_conditional))
     ]
     assert shapes[1].items() - shapes[0].items() == {("['Embed_0']['embedding']", (11, 96))}
     assert shapes[0].items() <= shapes[1].items()
@@ -285,29 +285,29 @@ def test_classes_add_one_table_to_the_network():
 
 def test_labels_that_are_no_classes_are_refused():
     take = lambda indices: {"image": np.zeros((len(indices), 2, 2, 1), np.uint8), "label": np.asarray(indices)}
-    images = experiments.checked_labels(data.Images("ten", 10, take), 5, "model.num_classes")
+    images = checked_labels(data.Images("ten", 10, take), 5, "model.num_classes")
     assert images.take(np.arange(5))["label"].max() == 4
     with pytest.raises(UserError, match=r"ten has the label 5, but model\.num_classes is 5"):
         images.take(np.arange(6))
     bare = data.Images("bare", 10, lambda indices: {"image": np.zeros((len(indices), 2, 2, 1), np.uint8)})
     with pytest.raises(UserError, match="bare has no labels"):
-        experiments.checked_labels(bare, 5, "model.num_classes")
+        checked_labels(bare, 5, "model.num_classes")
 
 
 def test_label_dropout_needs_classes():
     config = digits.get_config()
     config.training.label_dropout = 0.1
     with pytest.raises(UserError, match=r"training\.label_dropout is 0\.1"):
-        experiments.build(config)
+        build(config)
 
 
 def test_a_run_older_than_label_dropout_still_opens(tmp_path):
     fields = digits.get_config().to_dict()
     del fields["training"]["label_dropout"]
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    config = experiments.read_config(tmp_path)
+    config = runs.read_config(tmp_path)
     assert config.training.label_dropout == 0.0
-    assert experiments.flat(config).keys() == experiments.flat(digits.get_config()).keys()
+    assert flat(config).keys() == flat(digits.get_config()).keys()
 
 
 # ------------------------------------------------------------------------------------------------ programs
@@ -355,21 +355,22 @@ EACH_MISTAKE = """
 import sys
 from absl import flags
 from absl.testing import flagsaver
-import experiment, sample
+import sample
+from experiments import build, runs
 from score_sde.errors import UserError
 model = None
 for mistake in sys.argv[2:]:
     arguments = mistake.split()
     with flagsaver.flagsaver():
         flags.FLAGS(["sample", f"--workdir={sys.argv[1]}", *(a for a in arguments if "=" in a)])
-        model = model or experiment.open_model(sys.argv[1])
+        model = model or runs.open_model(sys.argv[1])
         config = model.experiment.config.copy_and_resolve_references()
         if "--unconditional" in arguments:
             config.model.num_classes = 0
         if "--never_hidden" in arguments or "--unconditional" in arguments:
             config.training.label_dropout = 0.0
         try:
-            sample.noise_of_samples(model._replace(experiment=experiment.build(config)))
+            sample.noise_of_samples(model._replace(experiment=build.build(config)))
         except UserError as error:
             print(mistake, "->", error)
 """

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import experiment as experiments
 from configs import digits
-from score_sde import checkpoint, data, training
+from experiments import runs
+from experiments.build import build
+from score_sde import checkpoint, sources, training
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, resnet
 from tests import reference
@@ -338,7 +339,7 @@ def run_and_network(tmp_path_factory):
     """A folder with an untrained run of the digits and a feature network trained on them for one epoch."""
     folder = tmp_path_factory.mktemp("quality")
     trained = program(
-        folder, "score_sde.metrics", "--dataset=digits", "--name=digits", "--image_size=8", "--num_channels=1",
+        folder, "tools.train_features", "--dataset=digits", "--name=digits", "--image_size=8", "--num_channels=1",
         "--epochs=1", "--folder=."
     )  # fmt: skip
     assert "test accuracy" in ok(trained)
@@ -346,8 +347,8 @@ def run_and_network(tmp_path_factory):
     with config.unlocked():
         config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
     workdir = folder / "run"
-    experiments.claim_workdir(workdir, config)
-    experiment = experiments.build(config)
+    runs.claim_workdir(workdir, config)
+    experiment = build(config)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
     checkpoints.save(training.init_state(experiment.init_params(0), training.make_optimizer(**config.optim)), {})
     checkpoints.wait()
@@ -386,7 +387,7 @@ def test_samples_of_a_run(run_and_network):
 def test_images_of_others(run_and_network):
     """A folder that holds the test images is as far from the data as the floor says; a mistake is one line."""
     folder = run_and_network
-    images = data.load("digits", "test", image_size=8, num_channels=1)
+    images = sources.load("digits", "test", image_size=8, num_channels=1)
     (folder / "theirs").mkdir()
     for i, image in enumerate(images.take(np.arange(images.size))["image"]):
         Image.fromarray(image[..., 0]).save(folder / "theirs" / f"{i:03d}.png")

@@ -11,9 +11,9 @@ from flax import traverse_util
 
 from score_sde.denoiser import noise_fn, score_fn
 from score_sde.errors import UserError
-from score_sde.importers import from_torch, to_torch
 from score_sde.models import layers
 from score_sde.models.ncsnpp import NCSNpp
+from score_sde.models.published import from_torch, to_torch
 from score_sde.models.resample import depth_to_space, downsample_2d, smooth_2d, space_to_depth, upsample_2d
 from score_sde.sde import EDM, VE
 from tests import reference

@@ -11,7 +11,7 @@ import pytest
 from ems import estimate, statistics
 from score_sde import denoiser
 from score_sde import sde as sde_lib
-from score_sde.importers import from_torch
+from score_sde.models.published import from_torch
 from score_sde.sde import per_image
 from solvers import dpm_solver_v3, predictor_corrector, tableau
 from tests import reference

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import experiment
+from experiments.build import construct
 from score_sde import sde as sde_lib
 from score_sde.denoiser import score_fn
 from score_sde.errors import UserError
@@ -193,7 +193,7 @@ OFFICIAL = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*v
 def test_every_official_config_samples_as_it_says(path):
     """Its predictor and corrector exist for its SDE and number of steps."""
     config = importlib.import_module(".".join(path.with_suffix("").parts)).get_config()
-    sde, fields = experiment.construct(sde_lib.SDES, config.sde, "SDE"), config.sampling
+    sde, fields = construct(sde_lib.SDES, config.sde, "SDE"), config.sampling
     options = {k: fields[k] for k in ("predictor", "corrector", "corrector_steps", "snr", "probability_flow")}
     x = jnp.zeros((2, 4, 4, 3))
     step = pc.stepper(lambda x, t: 0.5 * x, sde, lambda i: x, n=fields.pc_steps, **options)

@@ -10,16 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-import experiment as experiments
 from configs import digits
 from ems import statistics
-from score_sde import checkpoint, packed, training
+from experiments import packed, runs
+from experiments.build import build
+from score_sde import checkpoint, training
 from score_sde.errors import UserError
 from tests.programs import ROOT, ok
 
 # a program whose box is in the folder where it runs
 PROGRAM = (
-    "import pathlib, runpy, sys, experiment; experiment.PRETRAINED = pathlib.Path('pretrained');"
+    "import pathlib, runpy, sys; from experiments import runs; runs.PRETRAINED = pathlib.Path('pretrained');"
     "runpy.run_module(sys.argv[1], run_name='__main__', alter_sys=True)"
 )
 
@@ -43,8 +44,8 @@ def write_run(workdir, dataset, change=lambda params: params) -> dict:
         config.training.init = "/somewhere/older"
         config.ems.update(nodes=22, num_data=16, batch_size=8)
         config.sampling.update(num_samples=4, batch_size=4)
-    experiments.claim_workdir(workdir, config)
-    experiment = experiments.build(config)
+    runs.claim_workdir(workdir, config)
+    experiment = build(config)
     random = np.random.default_rng(0)
     noisy = lambda leaf: np.asarray(leaf) + 0.01 * random.normal(size=leaf.shape).astype(np.float32)
     params = change(jax.tree.map(noisy, experiment.init_params(0)))
@@ -62,9 +63,9 @@ def box(tmp_path_factory):
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), np.uint8)
     np.savez(folder / "garments.npz", train_images=images, test_images=images[:8])
     write_run(folder / "elsewhere", folder / "garments.npz")
-    history = experiments.history(experiments.open_model(str(folder / "elsewhere")))
-    (folder / "elsewhere" / experiments.START).write_text(json.dumps(history))
-    pack = ["pretrained.pack", "--workdir=elsewhere", "--name=fashion_mnist"]
+    history = runs.history(runs.open_model(str(folder / "elsewhere")))
+    (folder / "elsewhere" / runs.START).write_text(json.dumps(history))
+    pack = ["tools.pack", "--workdir=elsewhere", "--name=fashion_mnist"]
     missing = ok(program(folder, *pack))
     assert "python -m ems --workdir=pretrained/fashion_mnist" in missing
     first = (folder / "pretrained/fashion_mnist/ema.npz").read_bytes()
@@ -83,8 +84,8 @@ def test_what_is_packed(box):
     """Half precision, statistics to a thousandth, no path of this machine."""
     folder = box / "pretrained/fashion_mnist"
     assert {path.name for path in folder.iterdir()} == {"config.json", "ema.npz", "ems.npz", "card.md"}
-    model = experiments.open_model(str(folder))
-    run = experiments.open_model(str(box / "elsewhere"))
+    model = runs.open_model(str(folder))
+    run = runs.open_model(str(box / "elsewhere"))
     assert model.step == run.step == 5
     for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(run.params), strict=True):
         assert ours.dtype == np.float32
@@ -109,7 +110,7 @@ def test_what_is_packed(box):
     card = (folder / "card.md").read_text()
     assert f"| identity | {model.identity};" in card
     assert f"| started from | {run.identity}, trained for 5 steps by " in card
-    before = experiments.history(model)[1:]
+    before = runs.history(model)[1:]
     assert [made["identity"] for made in before] == [run.identity]
     assert str(box) not in json.dumps(before)
 
@@ -145,10 +146,10 @@ def test_packed_again_without_its_run(box, tmp_path):
     """What is measured later comes to the card beside what was there; a report of another model does not."""
     folder, results = tmp_path / "pretrained/fashion_mnist", tmp_path / "runs/pretrained/fashion_mnist/eval"
     shutil.copytree(box / "pretrained", tmp_path / "pretrained")
-    model = experiments.open_model(str(folder))
+    model = runs.open_model(str(folder))
     packed.save(folder, model.params, dict(step=model.step, run="older"))  # nothing of its training, as once
     parameters = (folder / "ema.npz").read_bytes()
-    repack = ["pretrained.pack", "--workdir=pretrained/fashion_mnist"]
+    repack = ["tools.pack", "--workdir=pretrained/fashion_mnist"]
     results.mkdir(parents=True)
     made = dict(seed=0, seconds=1.0, command="evaluate.py", versions={})
     measured = dict(
@@ -176,27 +177,27 @@ def test_mistakes(box, tmp_path):
     folder = tmp_path / "fashion_mnist"
     shutil.copytree(box / "pretrained/fashion_mnist", folder)
     with pytest.raises(UserError, match="has one, of step 5"):
-        experiments.open_model(str(folder), 4)
+        runs.open_model(str(folder), 4)
     with pytest.raises(UserError, match="packed model"):
-        experiments.claim_workdir(folder, experiments.read_config(folder))
+        runs.claim_workdir(folder, runs.read_config(folder))
     config = json.loads((folder / "config.json").read_text())
     config["model"]["nf"] = 16
     whole = (folder / "ema.npz").read_bytes()
     for bad in (whole[:-100], b"", whole[:3000] + bytes(50) + whole[3050:]):
         (folder / "ema.npz").write_bytes(bad)
         with pytest.raises(UserError, match="holds no packed model") as told:
-            experiments.open_model(str(folder))
+            runs.open_model(str(folder))
         assert "\n" not in str(told.value)
     (folder / "ema.npz").write_bytes(whole)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not fit"):
-        experiments.open_model(str(folder))
+        runs.open_model(str(folder))
     with pytest.raises(UserError, match="beyond"):
         packed.rounded({"a": np.full(3, 1e6, np.float32)})
     for damaged in ("{", "[3]", '[{"name": "older"}]'):
         (tmp_path / "start.json").write_text(damaged)
         with pytest.raises(UserError, match="is no history of a model"):
-            experiments.read_start(tmp_path / "start.json")
+            runs.read_start(tmp_path / "start.json")
     (tmp_path / "empty").mkdir()
     refused = program(tmp_path / "empty", "sample", "--solver=ddim")
     assert refused.returncode == 2

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from score_sde import data
+from score_sde import data, sources
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
 from solvers import probability_flow as ode
@@ -262,7 +262,7 @@ def test_the_programs(tmp_path):
             images[name] = file["samples"].astype(float)
         records[name] = json.loads((tmp_path / "samples" / name / "run.json").read_text())
     # the first and last of a row are test images, brought back
-    test = data.load("digits", "test", image_size=8, num_channels=1).take(np.arange(4))["image"]
+    test = sources.load("digits", "test", image_size=8, num_channels=1).take(np.arange(4))["image"]
     assert np.abs(images["between"][[0, 7, 8, 15]] - test).mean() < 3
     assert np.abs(images["between"][4] - test[0]).mean() > 10
     assert np.ptp(images["cold"], axis=0).max() <= 1  # all from the middle of the prior

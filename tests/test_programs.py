@@ -128,7 +128,7 @@ def test_other_solvers_and_the_sampler(run):
 
 def test_search(run):
     """What it finds on its own noises is no worse than the named grids; sample.py takes it, another model does not."""
-    command = [sys.executable, "-m", "solvers.search", f"--workdir={run}", "--steps=4", "--noises=4", "--solver=deis"]
+    command = [sys.executable, "-m", "tools.search", f"--workdir={run}", "--steps=4", "--noises=4", "--solver=deis"]
     ok(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300))
     path = run / "solvers" / "step8-deis-4.json"
     found = json.loads(path.read_text())
@@ -333,7 +333,7 @@ SMALL_VE = [  # the network of the published implementations' example checkpoint
 
 
 def imported(file, workdir, *more):
-    command = [sys.executable, "-m", "score_sde.importers", str(file), *SMALL_VE, f"--workdir={workdir}", *more]
+    command = [sys.executable, "-m", "tools.import_checkpoint", str(file), *SMALL_VE, f"--workdir={workdir}", *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -347,7 +347,7 @@ def test_published_checkpoints_become_runs(tmp_path):
     equal(leaves(tmp_path / "torch", 7), leaves(tmp_path / "flax", 7))
     out = ok(program("sample", f"--workdir={tmp_path / 'flax'}", "--solver=dpmpp", "--steps=3", "--num_samples=2"))
     assert "step7-dpmpp-3" in out
-    command = [sys.executable, "-m", "score_sde.importers", f"--workdir={tmp_path / 'torch'}"]
+    command = [sys.executable, "-m", "tools.import_checkpoint", f"--workdir={tmp_path / 'torch'}"]
     subprocess.run([*command, f"--export={tmp_path / 'weights.npz'}"], cwd=ROOT, check=True, capture_output=True)
     with np.load(tmp_path / "weights.npz") as exported, np.load(FOREIGN / "expected.npz") as expected:
         for name in exported.files:

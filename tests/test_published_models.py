@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 from flax import serialization, traverse_util
 
-import experiment as experiments
 from configs.vp import cifar10_ddpmpp_continuous
+from experiments import build as builder
 from score_sde.errors import UserError
-from score_sde.importers import from_flax, from_torch, to_torch
-from score_sde.importers.__main__ import fitting_configs
-from score_sde.importers.foreign import read_checkpoint
+from score_sde.foreign import read_checkpoint
 from score_sde.models import MODELS
 from score_sde.models.classifier import WideResnet
 from score_sde.models.ddpm import DDPM
@@ -32,8 +30,10 @@ from score_sde.models.ncsnv2 import (
     ncsnv2_128,
     ncsnv2_256,
 )
+from score_sde.models.published import from_flax, from_torch, to_torch
 from tests import reference
 from tests.test_models import official, synthetic
+from tools.import_checkpoint import fitting_configs
 
 SLOW = bool(os.environ.get("ALL_NETWORKS"))  # full-size networks as well, which take minutes
 
@@ -640,7 +640,7 @@ def test_averages_that_do_not_belong_are_refused(tmp_path):
 def test_the_configs_that_fit_a_file_are_found():
     """By every name and shape; these parameters do not tell VP from sub-VP, nor the discrete from the continuous."""
     config = cifar10_ddpmpp_continuous.get_config()
-    experiment = experiments.build(config)
+    experiment = builder.build(config)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), experiment.params_template())
     state = to_torch(params, experiment.network, experiment.image_shape)
     assert fitting_configs(from_torch, state) == [

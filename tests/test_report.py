@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
 
-import experiment as experiments
 from configs import digits
-from score_sde import checkpoint, events, report, training
+from experiments import events, report, runs
+from experiments.build import build
+from score_sde import checkpoint, training
 from score_sde.errors import UserError
 from tests.programs import ROOT, ok
 
@@ -168,8 +169,8 @@ def untrained_run(workdir, dataset: str, steps) -> None:
         config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
         config.data.dataset = dataset
         config.sampling.update(batch_size=4)
-    experiments.claim_workdir(workdir, config)
-    experiment = experiments.build(config)
+    runs.claim_workdir(workdir, config)
+    experiment = build(config)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
     for step in steps:
         state = training.init_state(experiment.init_params(step), training.make_optimizer(**config.optim))

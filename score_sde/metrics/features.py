@@ -67,7 +67,7 @@ def standard(path: str | os.PathLike, *, mode: str = "tf", any_weights: bool = F
 
 
 def local(path: str | os.PathLike) -> FeatureNetwork:
-    """A ResNet-20 by python -m score_sde.metrics, for images of the size it was trained on."""
+    """A ResNet-20 by python -m tools.train_features, for images of the size it was trained on."""
     params, provenance, sha256 = resnet.load(path)
     height, width, channels = provenance["image_shape"]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from score_sde import files
 from score_sde.errors import UserError, one_line
-from score_sde.importers.foreign import read_checkpoint
+from score_sde.foreign import read_checkpoint
 
 SIZE = 299
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"

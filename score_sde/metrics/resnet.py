@@ -2,7 +2,7 @@
 
 ResNet-20 (He et al., "Deep Residual Learning", CVPR 2016, section 4.2) with group normalization in place of batch
 normalization, so that it has no state, and with 1x1 convolutions where a shortcut changes shape. Distances in its
-features compare models of one data set with each other; they are not FIDs. Trained by `python -m score_sde.metrics`.
+features compare models of one data set with each other; they are not FIDs. Trained by `python -m tools.train_features`.
 """
 
 import hashlib

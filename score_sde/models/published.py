@@ -4,7 +4,7 @@ The official PyTorch U-Nets keep their layers in one list, `all_modules.<i>`, in
 per class. Tracing the network gives that order, so there is no table of names to keep. The PyTorch RefineNets (NCSN,
 NCSNv2) name their layers instead, by rules that `_refinenet_name` states.
 
-The files themselves are read by foreign.py; the program is `python -m score_sde.importers`.
+The files themselves are read by foreign.py; the program is `python -m tools.import_checkpoint`.
 """
 
 import re

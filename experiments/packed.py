@@ -1,6 +1,6 @@
 """Averaged parameters in half precision, in one .npz that is small enough to be kept with the code.
 
-A packed model is a folder of config.json, ema.npz, ems.npz and card.md (`python -m pretrained.pack`). Its parameters
+A packed model is a folder of config.json, ema.npz, ems.npz and card.md (`python -m tools.pack`). Its parameters
 are the rounded ones: whatever is measured of it is measured with these.
 """
 
@@ -51,7 +51,7 @@ def load(folder, template) -> tuple[dict, dict]:
             raise ValueError("its arrays are not what was packed")
     except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
         told = one_line(error, 100)
-        raise UserError(f"{path} holds no packed model ({told}): pack it again, python -m pretrained.pack") from None
+        raise UserError(f"{path} holds no packed model ({told}): pack it again, python -m tools.pack") from None
     if checkpoint.layout(params) != checkpoint.layout(template):
         raise UserError(f"{path} does not fit the network of config.json beside it: pack both again")
     return params, provenance

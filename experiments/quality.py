@@ -11,9 +11,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-import experiment as experiments
-import model_statistics
-from score_sde import data, files, parallel
+from experiments import measuring, program, runs, samplers
+from score_sde import data, files, parallel, sources
 from score_sde.errors import UserError, one_line
 from score_sde.metrics import distances, features, inception
 
@@ -23,17 +22,17 @@ def feature_network(
 ) -> features.FeatureNetwork:
     """The network of that name, or the local one trained on the config's data set; says which.
 
-    name: "inception", one of `features.local_networks()`, or an .npz of python -m score_sde.metrics.
+    name: "inception", one of `features.local_networks()`, or an .npz of python -m tools.train_features.
     """
     name = name or ("inception" if inception_weights else f"resnet20-{pathlib.Path(config.data.dataset).stem}")
     known = features.local_networks()
     if name != "inception" and name not in known and not name.endswith(".npz"):
         raise UserError(
             f"no feature network {name!r}: choose --network={' or --network='.join(['inception', *known])}, "
-            "or train one, python -m score_sde.metrics"
+            "or train one, python -m tools.train_features"
         )
     if name == "inception":
-        path = inception_weights or inception.download(pathlib.Path(experiments.CACHE))
+        path = inception_weights or inception.download(pathlib.Path(program.CACHE))
         network = features.standard(path, mode=inception_mode, any_weights=any_inception_weights)
     else:
         network = features.local(known.get(name, name))
@@ -50,8 +49,8 @@ def drawer(
     sample: `experiment.sampler` of the model.
     """
     experiment = model.experiment
-    ems = model_statistics.ems_of(model, ems_path) if solver == "dpmv3" else None
-    table, options = experiments.build_tableau(model, solver, steps, ems)
+    ems = measuring.ems_of(model, ems_path) if solver == "dpmv3" else None
+    table, options = samplers.build_tableau(model, solver, steps, ems)
     batch_size = parallel.round_up(experiment.config.sampling.batch_size)
 
     def images_of(start, stop):
@@ -89,7 +88,7 @@ def of_samples(
         n,
         batch_size=batch_size,
         folder=model.results / "eval" / f"step{model.step}-{solver}-{steps}-seed{seed}-{identity}",
-        progress=functools.partial(experiments.progress, desc=f"samples by {solver}", unit="batch"),
+        progress=functools.partial(program.progress, desc=f"samples by {solver}", unit="batch"),
     )
     result = compared(model.experiment, network, found, reference_path)
     title = f"{n} samples by {solver}, {steps} evaluations, seed {seed}"
@@ -113,11 +112,11 @@ def given_images(config, path: pathlib.Path) -> data.Images:
             raise UserError(f"{path} is not a readable .npz: {one_line(error)}") from None
         if not arrays:
             raise UserError(f"{path} holds neither `samples` nor `images`")
-        raw = data.from_arrays(next(iter(arrays.values())), None, str(path))
+        raw = sources.from_arrays(next(iter(arrays.values())), None, str(path))
         if raw.size < 2:
             raise UserError(f"{path} holds {raw.size} images, which have no covariance: give more")
         return data.Images(str(path), raw.size, functools.partial(data.gather, raw.arrays))
-    images = data.load(str(path), "all", image_size=fields.image_size, num_channels=fields.num_channels)
+    images = sources.load(str(path), "all", image_size=fields.image_size, num_channels=fields.num_channels)
     if images.size < 2:
         raise UserError(f"{path} holds one image, which has no covariance: give more")
     return images
@@ -130,7 +129,7 @@ def measured_images(network, images, n: int) -> features.Measured:
         lambda start, stop: images.take(np.arange(start, stop))["image"],
         n,
         batch_size=128 if network.dimension < 1000 else 32,
-        progress=functools.partial(experiments.progress, desc=images.name, unit="batch"),
+        progress=functools.partial(program.progress, desc=images.name, unit="batch"),
     )
 
 
@@ -143,7 +142,7 @@ def data_statistics(experiment, network, split: str, n: int | None = None) -> tu
     origin = dict(data=fields.dataset, split=split, n=n, first_images=hashlib.sha256(first.tobytes()).hexdigest())
     provenance = origin | processing | network.identity()
     stem = pathlib.Path(fields.dataset).stem
-    path = experiments.RUNS / "statistics" / f"{stem}-{split}-{n}-{features.fingerprint(provenance)}.npz"
+    path = runs.RUNS / "statistics" / f"{stem}-{split}-{n}-{features.fingerprint(provenance)}.npz"
     if not path.exists():
         features.save(path, features.statistics(measured_images(network, images, n), provenance))
         parallel.wait_for_all("statistics are written")

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import experiment as experiments
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
-from score_sde import VERSION, data, figures, files, parallel
+from experiments import figures, program, runs, samplers
+from experiments.build import Experiment
+from score_sde import VERSION, data, files, parallel
 from score_sde.errors import UserError
 from solvers.dpm_solver import dpm_solver_pp
 
 
-def path_of(model: experiments.Model, origin: dict) -> pathlib.Path:
+def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
     """Where the statistics of that origin belong; whatever tells measurements of one size apart is in the name."""
     name = f"step{model.step}_nodes{origin['nodes']}_data{origin['num_data']}"
     first, sde = origin["images"][0][0], model.experiment.sde
@@ -34,7 +35,7 @@ def path_of(model: experiments.Model, origin: dict) -> pathlib.Path:
     return model.results / "ems" / f"{name.replace(' ', '_')}.npz"
 
 
-def find(model: experiments.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
+def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
     """The run's statistics of this checkpoint and guidance: on data before own samples, on most images, then nodes."""
     measured = sorted((model.results / "ems").glob(f"step{model.step}_*.npz"))
     found = {
@@ -53,7 +54,7 @@ def find(model: experiments.Model, guidance_scale: float | None = None) -> pathl
     return max(fitting, key=rank, default=None)
 
 
-def load(model: experiments.Model, path: pathlib.Path, guidance_scale: float | None = None) -> EMS:
+def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = None) -> EMS:
     """Statistics from a file, refused unless they were measured on this very model, with this scale of guidance."""
     ems = statistics.load(path)
     origin = ems.origin
@@ -90,7 +91,7 @@ class Source(NamedTuple):
     take: Callable  # indices (b,) -> (x0 (b, H, W, C),), and the classes (b,) if the network has any
 
 
-def training_images(experiment: experiments.Experiment) -> Source:
+def training_images(experiment: Experiment) -> Source:
     """The training images, unflipped, in a fixed random order: a stored order may be one class after the other."""
     try:
         images = experiment.images("train")
@@ -101,13 +102,13 @@ def training_images(experiment: experiments.Experiment) -> Source:
 
     def take(index):
         batch = images.take(order[index])
-        x0 = np.asarray(preprocess(experiments.sample_keys(0, index), batch["image"]))
+        x0 = np.asarray(preprocess(samplers.sample_keys(0, index), batch["image"]))
         return (x0, batch["label"]) if experiment.num_classes else (x0,)
 
     return Source(experiment.config.data.dataset, images.size, take)
 
 
-def latents(experiment: experiments.Experiment, path: str) -> Source:
+def latents(experiment: Experiment, path: str) -> Source:
     """x0 as it is, from an .npz: `latents` (K, H, W, C) of floats, and `labels` (K,) if the network has classes."""
     keys = ["latents", "labels"] if experiment.num_classes else ["latents"]
     try:
@@ -124,11 +125,11 @@ def latents(experiment: experiments.Experiment, path: str) -> Source:
     return Source(path, len(x0), lambda index: tuple(column[index] for column in columns))
 
 
-def own_samples(model: experiments.Model, noise_of: Callable, seed: int) -> Source:
+def own_samples(model: runs.Model, noise_of: Callable, seed: int) -> Source:
     """Samples of the model itself, each a function of its index and the seed."""
     experiment = model.experiment
     table = dpm_solver_pp(experiment.sde, OWN_STEPS, order=2)
-    sample = experiments.sampler(model, noise_of, seed, purpose=2)
+    sample = samplers.sampler(model, noise_of, seed, purpose=2)
 
     def take(index):
         x0 = sample(table, index)
@@ -137,7 +138,7 @@ def own_samples(model: experiments.Model, noise_of: Callable, seed: int) -> Sour
     return Source(OWN_SAMPLES, np.inf, take)
 
 
-def measured_noise(experiment: experiments.Experiment, guidance_scale: float | None) -> Callable:
+def measured_noise(experiment: Experiment, guidance_scale: float | None) -> Callable:
     """(params, classes (B,) of a conditional network) -> the NoiseFn that is measured."""
     if guidance_scale is None:
         return experiment.noise_of
@@ -150,7 +151,7 @@ def measured_noise(experiment: experiments.Experiment, guidance_scale: float | N
 
 
 def measure(
-    model: experiments.Model,
+    model: runs.Model,
     *,
     nodes: int,
     num_data: int,
@@ -218,7 +219,7 @@ def measure(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     began = []
-    with experiments.progress(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+    with program.progress(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
 
         def progress(done, total):
             bar.total = total
@@ -243,7 +244,7 @@ def measure(
     return path
 
 
-def on_devices(model: experiments.Model, noise_of: Callable, seed: int) -> Callable:
+def on_devices(model: runs.Model, noise_of: Callable, seed: int) -> Callable:
     """What `estimate.accumulate` calls: moments of images at some nodes, on all devices, for each of them."""
     key, params = jax.random.key(seed), parallel.replicate(model.params)
     classes = (0,) if model.experiment.num_classes else ()
@@ -262,7 +263,7 @@ def on_devices(model: experiments.Model, noise_of: Callable, seed: int) -> Calla
     return measured
 
 
-def write(model: experiments.Model, path: pathlib.Path, saved: moments.Saved, noise_of: Callable):
+def write(model: runs.Model, path: pathlib.Path, saved: moments.Saved, noise_of: Callable):
     """Make statistics of moments; say how exact they are; write both, and a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     moments.save(path.with_suffix(moments.SUFFIX), saved)
@@ -284,7 +285,7 @@ def write(model: experiments.Model, path: pathlib.Path, saved: moments.Saved, no
 JUDGED_STEPS, FINE_STEPS, JUDGED_SAMPLES = 10, 100, 32
 
 
-def print_errors(model: experiments.Model, ems: EMS, without: list[EMS], sizes: list[float], noise_of: Callable) -> EMS:
+def print_errors(model: runs.Model, ems: EMS, without: list[EMS], sizes: list[float], noise_of: Callable) -> EMS:
     """Print the standard errors and whether the number of images suffices; the statistics, with that in their origin.
 
     That is told from samples: of all images' statistics, and of those without each block, against a fine solution.
@@ -296,13 +297,13 @@ def print_errors(model: experiments.Model, ems: EMS, without: list[EMS], sizes: 
         columns = (f"{size[i, j]:8.3f} +- {ems.errors[i, j]:.1e}" for i in range(3))
         print(f"  {ems.lam[j]:6.2f}" + "  ".join(columns))
 
-    tables = [experiments.build_tableau(model, "dpmv3", JUDGED_STEPS, part)[0] for part in (ems, *without)]
+    tables = [samplers.build_tableau(model, "dpmv3", JUDGED_STEPS, part)[0] for part in (ems, *without)]
     t_end = max(ems.t[-1], model.experiment.sde.t_min)
     fine = dpm_solver_pp(model.experiment.sde, FINE_STEPS, order=2, t_end=t_end)
     index = np.arange(parallel.round_up(JUDGED_SAMPLES))
-    sample = experiments.sampler(model, noise_of, 0, purpose=3)
+    sample = samplers.sampler(model, noise_of, 0, purpose=3)
     exact, whole, *parts = (sample(table, index) for table in (fine, *tables))
-    distance, error = experiments.rms(whole - exact), experiments.rms(moments.jackknife(whole, parts, sizes))
+    distance, error = samplers.rms(whole - exact), samplers.rms(moments.jackknife(whole, parts, sizes))
 
     num_data = ems.origin["num_data"]
     excess, wanted = estimate.needed(distance, error, num_data)
@@ -325,7 +326,7 @@ def print_errors(model: experiments.Model, ems: EMS, without: list[EMS], sizes: 
     return ems._replace(origin=ems.origin | {"samples": judged})
 
 
-def merge(model: experiments.Model, paths: list[str]) -> pathlib.Path:
+def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
     """The statistics of this model from several machines' moments (or statistics with their moments beside)."""
     saved = [moments.load(path) for path in paths]
     for path, part in zip(paths, saved, strict=True):
@@ -345,7 +346,7 @@ def merge(model: experiments.Model, paths: list[str]) -> pathlib.Path:
     return path
 
 
-def take_published(model: experiments.Model, folder: str, *, t_end: float) -> pathlib.Path:
+def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.Path:
     """Published statistics (l.npz, sb.npz), which tell of no model, taken for this model's."""
     origin = dict(
         checkpoint=model.identity,
@@ -366,7 +367,7 @@ def take_published(model: experiments.Model, folder: str, *, t_end: float) -> pa
     return path
 
 
-def ems_of(model: experiments.Model, path: str | None = None, guidance_scale: float | None = None) -> EMS:
+def ems_of(model: runs.Model, path: str | None = None, guidance_scale: float | None = None) -> EMS:
     """The statistics that a sampler needs: of `path`, or found in the run, or measured now, once."""
     guidance_scale = None if guidance_scale == 1 else guidance_scale
     found = pathlib.Path(path) if path is not None else find(model, guidance_scale)

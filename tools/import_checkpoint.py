@@ -1,7 +1,7 @@
 """Import a published checkpoint as an ordinary run folder, or export a run to the PyTorch names.
 
-    python -m score_sde.importers CHECKPOINT --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/published
-    python -m score_sde.importers --export=weights.npz --workdir=runs/published
+    python -m tools.import_checkpoint CHECKPOINT --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/new
+    python -m tools.import_checkpoint --export=weights.npz --workdir=runs/published
 
 CHECKPOINT is a file of the official code: PyTorch (.pth with model, EMA shadow list, step) or JAX (flax msgpack). It is
 read, never executed. The averaged parameters become both parameters and EMA of the run; --raw takes the others.
@@ -16,14 +16,15 @@ import numpy as np
 from absl import flags
 
 import configs
-import experiment as experiments
 from configs import base, models
-from score_sde import checkpoint, files, training
+from experiments import program, runs
+from experiments.build import build, build_network, image_shape
+from score_sde import checkpoint, files, foreign, training
 from score_sde.errors import UserError
-from score_sde.importers import foreign, from_flax, from_torch, to_torch
 from score_sde.models.classifier import CLASSIFIERS
+from score_sde.models.published import from_flax, from_torch, to_torch
 
-CONFIG = experiments.config_flag()
+CONFIG = program.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write, or with --export to read.")
 RAW = flags.DEFINE_bool("raw", False, "Take the parameters themselves instead of their moving average.")
 EXPORT = flags.DEFINE_string("export", None, "Write a run's averaged parameters to this .npz, under PyTorch names.")
@@ -40,8 +41,8 @@ def main(arguments: list[str]):
 
 def load(file: str):
     """Read, check every name and shape, and only then write the run folder."""
-    config = experiments.config_of(CONFIG)
-    experiment = experiments.build(config)
+    config = program.config_of(CONFIG)
+    experiment = build(config)
     found = foreign.read_checkpoint(file)
     params = found.model if RAW.value else found.ema
     which = "parameters" if RAW.value else "averaged parameters (EMA)"
@@ -60,7 +61,7 @@ def load(file: str):
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty: choose another --workdir")
     try:
-        experiments.claim_workdir(workdir, config)
+        runs.claim_workdir(workdir, config)
         checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
         state = training.init_state(params, training.make_optimizer(**config.optim))
         checkpoints.save(state._replace(step=np.int32(found.step or 0)), {"imported": str(file)})
@@ -82,10 +83,10 @@ def fitting_configs(convert: Callable, params: dict) -> list[str]:
         config = module.get_config()
         if config.model.name in CLASSIFIERS:
             continue
-        shape = experiments.image_shape(config)
+        shape = image_shape(config)
         key = (str(config.model), shape)
         if key not in verdicts:
-            network = experiments.build_network(config)
+            network = build_network(config)
             try:
                 convert(params, network, shape)
                 verdicts[key] = True
@@ -98,11 +99,11 @@ def fitting_configs(convert: Callable, params: dict) -> list[str]:
 
 def export():
     """The averaged parameters of a run's last checkpoint, as arrays that PyTorch loads by name."""
-    model = experiments.open_model(WORKDIR.value)
+    model = runs.open_model(WORKDIR.value)
     arrays = to_torch(model.params, model.experiment.network, model.experiment.image_shape)
     files.save_npz(EXPORT.value, arrays)
     print(f"wrote {len(arrays)} arrays to {EXPORT.value}; load them with load_state_dict(..., strict=False)")
 
 
 if __name__ == "__main__":
-    experiments.run(main, files=True)
+    program.run(main, files=True)

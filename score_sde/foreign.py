@@ -29,7 +29,7 @@ from score_sde.errors import UserError
 class Foreign(NamedTuple):
     """What a checkpoint of the official code holds.
 
-    kind: "torch", for score_sde.importers.from_torch, or "flax", for from_flax
+    kind: "torch", for models.published.from_torch, or "flax", for from_flax
     model, ema: the parameters and their moving average, by PyTorch name or as a Flax tree; None: not in the file
     step: of training; None: not in the file
     """

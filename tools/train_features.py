@@ -1,6 +1,6 @@
 """Train a local feature network, a ResNet-20 classifier, on a labelled data set.
 
-    python -m score_sde.metrics --dataset=cifar10 --name=cifar10 --image_size=32 --num_channels=3 --epochs=60
+    python -m tools.train_features --dataset=cifar10 --name=cifar10 --image_size=32 --num_channels=3 --epochs=60
 
 Random flips, and shifts by up to a sixteenth of the image; AdamW, learning rate up and down in one cycle. Writes
 score_sde/metrics/weights/resnet20_<name>.npz, half-precision weights with their test accuracy and how they were made.
@@ -19,8 +19,8 @@ import optax
 from absl import flags
 from tqdm import tqdm
 
-import experiment as experiments
-from score_sde import VERSION, data, files
+from experiments import program
+from score_sde import VERSION, data, files, sources
 from score_sde.errors import UserError
 from score_sde.metrics import resnet
 
@@ -36,7 +36,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, order and augmentati
 
 
 def main():
-    load = lambda split: data.load(DATASET.value, split, image_size=IMAGE_SIZE.value, num_channels=NUM_CHANNELS.value)
+    load = lambda split: sources.load(
+        DATASET.value, split, image_size=IMAGE_SIZE.value, num_channels=NUM_CHANNELS.value
+    )
     images, held_out = load("train"), load("test")
     everything = images.take(np.arange(images.size))
     if "label" not in everything:
@@ -101,7 +103,7 @@ def main():
         epochs=EPOCHS.value,
         steps=num_steps,
         minutes_since_resumed=round(minutes, 1),
-        command=" ".join(["python -m score_sde.metrics", *sys.argv[1:]]),
+        command=" ".join(["python -m tools.train_features", *sys.argv[1:]]),
         versions=dict(score_sde=VERSION, jax=jax.__version__),
     )
     path = pathlib.Path(FOLDER.value) / f"resnet20_{NAME.value}.npz"
@@ -133,4 +135,4 @@ def accuracy(network, params, images: data.Images) -> float:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

@@ -1,13 +1,13 @@
 """Pack a run into pretrained/<name>: what sample.py needs, small enough to be kept with the code.
 
-    python -m pretrained.pack --workdir=runs/fashion_mnist [--checkpoint=60000] [--name=fashion_mnist]
+    python -m tools.pack --workdir=runs/fashion_mnist [--checkpoint=60000] [--name=fashion_mnist]
 
 The first call writes config.json and ema.npz, the averaged parameters in half precision. The packed model is one of
 its own: its EMS and metrics are measured with the rounded parameters, by the commands that this program prints, and are
 kept in runs/pretrained/<name>. A further call takes the EMS over into ems.npz, adds what was measured to report.json,
 and writes what is known into card.md; it needs the run no more:
 
-    python -m pretrained.pack --workdir=pretrained/fashion_mnist
+    python -m tools.pack --workdir=pretrained/fashion_mnist
 """
 
 import importlib
@@ -19,12 +19,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-import experiment as experiments
-import model_statistics
 from ems import statistics
 from ems.statistics import EMS
-from score_sde import files, packed
-from score_sde import report as reports
+from experiments import measuring, packed, program, runs
+from experiments import report as reports
+from experiments.config import flat
+from score_sde import files
 from score_sde.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
@@ -38,9 +38,9 @@ HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to
 
 
 def main():
-    model = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
+    model = runs.open_model(WORKDIR.value, CHECKPOINT.value)
     if not packed.is_packed(model.workdir):
-        model = pack(model, experiments.PRETRAINED / (NAME.value or model.workdir.name))
+        model = pack(model, runs.PRETRAINED / (NAME.value or model.workdir.name))
     elif NAME.value not in (None, model.workdir.name):
         raise UserError(f"{model.workdir} is packed already: leave out --name={NAME.value}, or copy the folder")
     folder, results = model.workdir, model.results / "eval"
@@ -49,9 +49,9 @@ def main():
     own = folder / "ems.npz"
     if own.exists() and statistics.load_origin(own)["checkpoint"] != model.identity:
         own.unlink()
-    measured = pathlib.Path(EMS_FILE.value) if EMS_FILE.value else model_statistics.find(model)
+    measured = pathlib.Path(EMS_FILE.value) if EMS_FILE.value else measuring.find(model)
     if measured not in (None, own):
-        ems = model_statistics.load(model, measured)
+        ems = measuring.load(model, measured)
         origin = ems.origin | dict(data=portable(model.experiment.config).data.dataset)
         statistics.save(own, halved(ems._replace(origin=origin)))
     refuse_large(folder, [packed.NAME, own.name], ALL_BYTES, "EMS: measure them with fewer --nodes")
@@ -75,12 +75,12 @@ def main():
 def pack(run, folder):
     """The packed model of a run; how that came about is kept with the parameters."""
     files.write(folder / "config.json", json.dumps(portable(run.experiment.config).to_dict(), indent=2) + "\n")
-    own, *before = experiments.history(run)
+    own, *before = runs.history(run)
     before = [made | dict(config=portable(ConfigDict(made["config"])).to_dict()) for made in before]
     kept = dict(step=run.step, run=run.identity, training=own["training"], start=before)
     packed.save(folder, packed.rounded(run.params), kept)
     refuse_large(folder, [packed.NAME], EMA_BYTES, "parameters: pack a smaller network")
-    return experiments.open_model(str(folder))
+    return runs.open_model(str(folder))
 
 
 def portable(config):
@@ -136,15 +136,15 @@ def evaluation(folder, metric: str) -> str:
 def training_command(config, name: str) -> str | None:
     """The command that trains such a model: a config of this package and what differs from it; None if it has none."""
     try:
-        theirs = experiments.flat(importlib.import_module(f"configs.{name}").get_config())
+        theirs = flat(importlib.import_module(f"configs.{name}").get_config())
     except ModuleNotFoundError:
         return None
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     changed = {
         field: value
-        for field, value in experiments.flat(config).items()
+        for field, value in flat(config).items()
         if plain(value) != plain(theirs.get(field))
-        and not field.startswith((*experiments.FREE_SECTIONS, "model.dtype"))  # `portable` has set that
+        and not field.startswith((*runs.FREE_SECTIONS, "model.dtype"))  # `portable` has set that
     }
     overrides = "".join(f" --config.{field}={value}" for field, value in changed.items())
     return f"`python train.py --config=configs/{name}.py{overrides}`"
@@ -153,7 +153,7 @@ def training_command(config, name: str) -> str | None:
 def phrase(made: dict) -> str:
     """What `experiment.history` tells of a model that another started from."""
     hours = f" in {made['training']['hours']:.1f} hours" if made["training"] else ""
-    config = ConfigDict(experiments.translated(made["config"], made["name"]))
+    config = ConfigDict(runs.translated(made["config"], made["name"]))
     command = training_command(config, made["name"]) or "a config that is not kept here"
     return f"{made['identity']}, trained for {made['step']} steps{hours} by {command}"
 
@@ -198,4 +198,4 @@ def card(model, report: dict) -> str:
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

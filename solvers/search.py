@@ -1,4 +1,4 @@
-"""Search for the times and options that suit a model; `python -m solvers.search` is the program."""
+"""Search for the times and options that suit a model; `python -m tools.search` is the program."""
 
 import itertools
 import time

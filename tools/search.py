@@ -1,6 +1,6 @@
 """Find the times and options that a few-step solver does best with on a model.
 
-    python -m solvers.search --steps=5 [--solver=dpmv3] [--workdir=runs/digits] [--option order=2]
+    python -m tools.search --steps=5 [--solver=dpmv3] [--workdir=runs/digits] [--option order=2]
     python sample.py --tableau=runs/digits/solvers/step3000-dpmv3-5.json
 
 What is minimised is the RMS distance to the fine solution of the ODE over some noises: first over the solver's options
@@ -18,8 +18,8 @@ import time
 import numpy as np
 from absl import flags
 
-import experiment as experiments
-import model_statistics
+from experiments import measuring, program, runs, samplers
+from experiments.config import shown
 from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
 from solvers.dpm_solver import dpm_solver_pp
@@ -39,10 +39,10 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the noises to judge by, as in ev
 
 def main():
     # ------------------------------------------------------------------------------ what to search
-    model = experiments.open_model(WORKDIR.value, CHECKPOINT.value)
-    solver, steps, given = SOLVER.value, STEPS.value, experiments.parse_options(OPTION.value)
-    ems = model_statistics.ems_of(model, EMS.value) if solver == "dpmv3" else None
-    build = functools.partial(experiments.build_tableau, model, solver, steps, ems)
+    model = runs.open_model(WORKDIR.value, CHECKPOINT.value)
+    solver, steps, given = SOLVER.value, STEPS.value, samplers.parse_options(OPTION.value)
+    ems = measuring.ems_of(model, EMS.value) if solver == "dpmv3" else None
+    build = functools.partial(samplers.build_tableau, model, solver, steps, ems)
     published, _ = build(**given)
     search, judge = (distance_to_fine(model, seed) for seed in (SEED.value + 1, SEED.value))
     deadline = time.monotonic() + 60 * MINUTES.value
@@ -65,7 +65,7 @@ def main():
             break
     value, options = min(tried, key=lambda pair: pair[0])
     named = options
-    print(f"{len(tried)} combinations of options and grids; the best, {experiments.shown(options)}: {value:.4f}")
+    print(f"{len(tried)} combinations of options and grids; the best, {shown(options)}: {value:.4f}")
     sde, t = model.experiment.sde, build(**options)[0].t
     end = sde.t_min if ems is None else ems.t[-1]
     times = np.array([*t, options.get("t_end") or end])
@@ -100,11 +100,11 @@ def distance_to_fine(model, seed: int):
     """tableau -> RMS distance, over pixels and noises, of its end points to those of the fine solution."""
     experiment = model.experiment
     index = np.arange(parallel.round_up(NOISES.value))
-    sample = experiments.sampler(model, lambda params, *_: experiment.noise_of(params), seed)
+    sample = samplers.sampler(model, lambda params, *_: experiment.noise_of(params), seed)
     solve = lambda table: sample(table, index)
     fine = solve(dpm_solver_pp(experiment.sde, experiment.config.eval.fine_steps, order=2))
-    return lambda table: experiments.rms(solve(table) - fine)
+    return lambda table: samplers.rms(solve(table) - fine)
 
 
 if __name__ == "__main__":
-    experiments.run(main)
+    program.run(main)

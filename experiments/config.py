@@ -1,0 +1,106 @@
+"""What a config may hold: fields that some program reads, of the type of their defaults, within rules."""
+
+import difflib
+
+from ml_collections import ConfigDict
+
+from configs import base
+from score_sde.errors import UserError
+
+# What numbers must be, beyond their type: (what is expected, whether it is so, fields). `model` may lack some of them.
+RULES = (
+    (
+        "a whole number of at least 1",
+        lambda value: isinstance(value, int) and value >= 1,
+        (
+            *("data.image_size", "denoiser.num_scales"),
+            *(f"training.{name}" for name in ("batch_size", "n_iters", "accumulate", "steps_per_call")),
+            *(f"training.{name}_freq" for name in ("log", "eval", "checkpoint", "keep")),
+            *(f"sampling.{name}" for name in ("steps", "num_samples", "batch_size", "pc_steps")),
+            *(f"ems.{name}" for name in ("num_data", "batch_size")),
+            *(f"eval.{name}" for name in ("num_data", "batch_size", "num_samples")),
+            *(f"eval.likelihood.{name}" for name in ("num_data", "repeats", "num_probes")),
+            *("model.nf", "model.num_res_blocks", "model.blocks_per_group", "model.channel_multiplier"),
+            *("model.num_outputs", "model.patch_size", "model.num_scales"),
+        ),
+    ),
+    ("at least 2", lambda value: value >= 2, ("ems.nodes", "eval.fine_steps")),
+    (
+        "at least 0",
+        lambda value: 0 <= value < float("inf"),
+        (
+            *("optim.warmup", "optim.weight_decay", "optim.eps", "training.cooldown"),
+            *("sampling.corrector_steps", "model.num_classes"),
+        ),
+    ),
+    (
+        "positive",
+        lambda value: 0 < value < float("inf"),
+        (
+            *("optim.lr", "sampling.snr", "training.t_min", "denoiser.sigma_data"),
+            *(f"eval.likelihood.{name}" for name in ("t_min", "rtol", "atol")),
+        ),
+    ),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("optim.beta1", "training.label_dropout", "model.dropout")),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ("training.ema_rate",)),
+    (
+        "one or more whole numbers of at least 1",
+        lambda values: len(values) > 0 and all(isinstance(value, int) and value >= 1 for value in values),
+        ("model.ch_mult", "eval.steps"),
+    ),
+    (
+        "the mean and the positive standard deviation of lam",
+        lambda value: len(value) == 2 and abs(value[0]) < 100 and 0 < value[1] < 100,
+        ("training.lam_normal",),
+    ),
+    ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
+)
+
+
+def flat(config) -> dict:
+    """Nested fields by dotted name."""
+    fields = {}
+    for key, value in config.items():
+        nested = isinstance(value, (ConfigDict, dict))
+        fields |= {f"{key}.{k}": v for k, v in flat(value).items()} if nested else {key: value}
+    return fields
+
+
+def check_fields(config: ConfigDict, source: str):
+    """Refuse fields that no program reads, by name; `sde` and `model` are checked by what they construct."""
+    known = flat(base.get_config())
+    for field in flat(config):
+        if field not in known and not field.startswith(("sde.", "model.")):
+            near = difflib.get_close_matches(field, known, 1)
+            raise UserError(f"{source}: unknown field {field}" + (f", did you mean {near[0]}?" if near else ""))
+
+
+def check_values(config: ConfigDict, source: str = "the config"):
+    """Refuse fields that are missing, of another type than their default, or outside RULES."""
+    given, known = flat(config), flat(base.get_config())
+    for field, default in known.items():
+        if field.startswith(("sde.", "model.")) or default is None:
+            continue
+        if field not in given:
+            raise UserError(f"{source} has no {field}: start from configs.base.get_config(), where it is {default!r}")
+        if not fits(given[field], default):
+            raise UserError(f"{field} of {source} is {given[field]!r}: expected a value like {default!r}")
+    for expected, holds, fields in RULES:
+        for field in fields:
+            try:
+                held = field not in given or holds(given[field])
+            except TypeError:
+                held = False
+            if not held:
+                raise UserError(f"{field} of {source} is {given[field]!r}: expected {expected}")
+
+
+def fits(value, default) -> bool:
+    """Whether a value is of the type of a default; whole numbers are numbers, and lists, as JSON has them, tuples."""
+    kinds = {float: (int, float), tuple: (tuple, list)}
+    kind = kinds.get(type(default), type(default))
+    return isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def shown(options: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"

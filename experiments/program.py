@@ -1,0 +1,106 @@
+"""What every program shares: it runs, its mistakes become one line and an exit code, its progress is shown."""
+
+import errno
+import logging as python_logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+from tqdm import tqdm
+
+from experiments.config import check_fields
+from score_sde import parallel
+from score_sde.errors import UserError
+
+DATASET_AT = flags.DEFINE_string("dataset_at", None, "Where a run's data set is now, if not where its config says.")
+CACHE = str(pathlib.Path.home() / ".cache" / "score_sde")
+COMPILATION_CACHE = flags.DEFINE_string("compilation_cache", None, f"Of compiled programs: a folder, {CACHE}, or off.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several; see docs/pods.md.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this program.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0 on.", lower_bound=0)
+REFUSALS = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "ENOTDIR", "EISDIR")  # of a disk, which its user can mend
+
+
+def run(main: Callable[..., None], *, files: bool = False):
+    """Run a program after parsing its flags. A UserError, or a disk that refuses, is one line and exit code 2.
+
+    Of several processes the first alone talks; if one dies, the others end with exit code 75.
+    files: whether it takes arguments that are no flags; main is called with them.
+    """
+    logging.set_verbosity(logging.FATAL)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)  # errors of writers come back to us anyway
+    # TensorStore's readers of a damaged checkpoint still answer when Orbax has given up
+    sys.unraisablehook = lambda found: str(found.exc_value) == "Event loop is closed" or sys.__unraisablehook__(found)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+    def guarded(argv):
+        cache = COMPILATION_CACHE.value or os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)
+        jax.config.update("jax_compilation_cache_dir", None if cache == "off" else cache)
+        if len(argv) > 1 and not files:
+            raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+        parallel.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        with parallel.together():
+            return main(argv[1:]) if files else main()
+
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except UserError as error:
+        _fail(error)
+    except OSError as error:
+        if errno.errorcode.get(error.errno) not in REFUSALS:
+            raise
+        _fail(
+            f"cannot write {error.filename or 'to disk'}: {error.strerror}: free some space or choose another --workdir"
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error):
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    parallel.leave(2)
+
+
+def _parse(argv):
+    """Parse flags; whatever absl, ml_collections and the code of a config raise becomes one line."""
+    try:
+        return flags.FLAGS(argv)
+    except UserError:
+        raise
+    except Exception as error:  # a config is anyone's code
+        flag = getattr(error, "flagname", "")
+        if flag.startswith("config.") and "config" in flags.FLAGS and not flags.FLAGS["config"].present:
+            raise UserError(f"--{flag} changes a field of a config, and none is given: add --config=FILE") from None
+        file = next((argument for argument in argv if argument.lstrip("-").startswith("config=")), None)
+        where = "" if file is None or isinstance(error, flags.Error) else f"{file}: {type(error).__name__}: "
+        raise UserError(where + " ".join(str(error).replace("\\n", " ").split())) from None
+
+
+def progress(*iterable, **options) -> tqdm:
+    """A progress bar, shown by the process that talks."""
+    return tqdm(*iterable, dynamic_ncols=True, disable=not parallel.writes(), **options)
+
+
+def config_flag():
+    """Define --config=FILE with its overrides --config.x.y=value."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/; fields by --config.x.y=value.", lock_config=True
+    )
+
+
+def config_of(flag) -> ConfigDict:
+    """The value of `config_flag()`, given or refused."""
+    given = flags.FLAGS["config"]
+    file = given.config_filename if given.present else "is given"
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"no config file {file}: choose one of configs/, as in --config=configs/digits.py")
+    if not isinstance(flag.value, ConfigDict):
+        raise UserError(f"--config={file} gives {flag.value!r}: get_config must return configs.base.get_config()")
+    check_fields(flag.value, file)
+    return flag.value

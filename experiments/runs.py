@@ -1,0 +1,228 @@
+"""Run folders: claimed, opened, and told of; packed models are opened in the same way."""
+
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from configs import base
+from experiments import events, packed
+from experiments.build import Experiment, build
+from experiments.config import check_fields, check_values, flat
+from experiments.program import DATASET_AT
+from score_sde import checkpoint, files, parallel
+from score_sde.errors import UserError, one_line
+from score_sde.models.classifier import CLASSIFIERS
+
+RUNS = pathlib.Path("runs")
+PRETRAINED = pathlib.Path(os.path.relpath(pathlib.Path(__file__).resolve().parents[1] / "pretrained"))
+BOXED = "fashion_mnist"  # the packed model that is taken where there is no run
+# Fields that a continued run may change: how it ends and how it is watched, nothing of what it did so far.
+FREE = (
+    *(f"training.{field}" for field in ("n_iters", "cooldown", "accumulate", "non_finite")),
+    *(f"training.{field}_freq" for field in ("log", "eval", "checkpoint", "keep")),
+)
+START = "start.json"  # in a run folder: the history of the model whose parameters the run started from
+FREE_SECTIONS = ("sampling.", "ems.", "eval.")
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict):
+    """Make `workdir` the folder of this config; refuse one that holds another experiment."""
+    known = workdir / "config.json"
+    if packed.is_packed(workdir):
+        raise UserError(f"{workdir} holds a packed model, which is not trained further: choose another --workdir")
+    if known.exists():
+        theirs, ours = flat(read_config(workdir)), flat(config)
+        for field in ours:
+            changed = _plain(theirs.get(field)) != _plain(ours[field])
+            if changed and field not in FREE and not field.startswith(FREE_SECTIONS):
+                raise UserError(
+                    f"{workdir} holds another experiment: its {field} is {theirs.get(field)!r}, not {ours[field]!r}: "
+                    f"choose another --workdir, or continue that one with python train.py --workdir={workdir}"
+                )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no config.json: choose another --workdir")
+    parallel.wait_for_all("config is read")
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    if not known.exists() or known.read_text() != text:
+        files.write(known, text)
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The config of a run folder."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"no run in {workdir} (no config.json): train one first, python train.py --config=configs/digits.py"
+        )
+    try:
+        config = ConfigDict(translated(json.loads(path.read_text()), str(path)))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is not a config: {one_line(error)}: restore what train.py wrote") from None
+    check_fields(config, str(path))
+    for section in ("seed", "sde", "model"):
+        if section not in config:
+            raise UserError(f"{path} has no {section}: restore the file that train.py wrote")
+    for section, fields in base.get_config().items():
+        if section not in ("seed", "sde", "model"):  # a run may be older than a field
+            config[section] = ConfigDict(fields.to_dict() | config.get(section, ConfigDict()).to_dict())
+    check_values(config, str(path))
+    return config
+
+
+def translated(config: dict, source: str) -> dict:
+    """A config.json of any age in today's words.
+
+    Before there were TIMES and WEIGHTS, booleans of `training` stood for their rows, a network divided its output by
+    sigma itself (`scale_by_sigma`), and eps of the output v was right for VP alone. UserError where no word fits.
+    """
+    fields = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
+    section = lambda name: fields[name] if isinstance(fields.get(name), dict) else {}
+    training, network, told = section("training"), section("model"), section("denoiser")
+    if "continuous" in training:
+        drawn = "uniform" if training.pop("continuous") else "chain"
+        training["times"] = "lam_normal" if training.get("lam_normal") else drawn
+        if training.get("lam_normal") is None:
+            training.pop("lam_normal", None)
+        weights = {"likelihood_weighting": "likelihood", "v_weighting": "network" if told.get("output") == "v" else "v"}
+        training["weight"] = next((row for old, row in weights.items() if training.get(old)), "eps")
+        for old in weights:
+            training.pop(old, None)
+        if network.get("name") == "ncsn":
+            network["num_scales"] = told["num_scales"]
+        if told.get("output") == "v" and fields["sde"]["name"] in ("subvp", "ve", "edm"):
+            raise UserError(f"{source}: output v under the SDE {fields['sde']['name']} has changed: train it again")
+    if network.pop("scale_by_sigma", False):
+        label = "sigma" if network.get("embedding_type") == "fourier" else "reversed_index"
+        if (fields["sde"]["name"], told["output"], told["label"]) != ("ve", "score", label):
+            raise UserError(
+                f"{source}: model.scale_by_sigma is no more, but for SDE ve, output score and label {label}: "
+                "train it again without"
+            )
+        told["output"] = "scaled_score"
+    return fields
+
+
+def config_of_run(folder: pathlib.Path) -> ConfigDict:
+    """`read_config`, with the data set of --dataset_at."""
+    config = read_config(folder)
+    if flags.FLAGS.is_parsed() and DATASET_AT.value is not None:
+        config.data.dataset = DATASET_AT.value
+    return config
+
+
+def newest_run() -> pathlib.Path:
+    """The run folder under runs/ of a model of images, not a classifier, whose checkpoints changed last.
+
+    Where there is none, the packed model of this package.
+    """
+    found = [path.parent for path in RUNS.glob("*/checkpoints") if (path.parent / "config.json").is_file()]
+    for run in sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
+        if read_config(run).model.name not in CLASSIFIERS:
+            return run
+    if packed.is_packed(PRETRAINED / BOXED):
+        return PRETRAINED / BOXED
+    raise UserError(f"no run in {RUNS}/: train one first, python train.py --config=configs/digits.py")
+
+
+class Model(NamedTuple):
+    """A trained model: an experiment and the averaged parameters of one of its checkpoints."""
+
+    workdir: pathlib.Path
+    experiment: Experiment
+    params: dict
+    step: int
+    identity: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.workdir} at step {self.step} ({self.identity})"
+
+    @property
+    def results(self) -> pathlib.Path:
+        """Where what is made with it belongs: its run folder, or for a packed model one beside the runs."""
+        return RUNS / "pretrained" / self.workdir.name if packed.is_packed(self.workdir) else self.workdir
+
+
+def open_model(workdir: str | None, step: int | None = None, *, classifier: bool = False) -> Model:
+    """The model of a run folder or a packed one (`newest_run` if None), at a step (the last if None). Says which.
+
+    classifier: whether the run must be a classifier's; it must not, otherwise.
+    """
+    folder = newest_run() if workdir is None else pathlib.Path(workdir)
+    if not folder.is_dir():
+        raise UserError(f"no such workdir {folder}: train first, python train.py --config=configs/digits.py")
+    experiment = build(config_of_run(folder))
+    if classifier != (experiment.logits_of is not None):
+        held, wanted = ("a model of images", "a classifier") if classifier else ("a classifier", "a model of images")
+        example = "classifier/digits" if classifier else "digits"
+        raise UserError(f"{folder} holds {held}, not {wanted}: train one with --config=configs/{example}.py")
+    if packed.is_packed(folder):
+        return open_packed(folder, experiment, step)
+    checkpoints = checkpoint.Checkpoints(folder)
+    read = lambda step: checkpoints.restore_ema(step, experiment.params_template())
+    checkpoints.step_or_last(step)  # says what there is
+    step, params = checkpoints.last(read) if step is None else (step, read(step))
+    model = Model(folder, experiment, params, step, checkpoint.identity(params))
+    print(f"{'classifier' if classifier else 'model'}: {model.name}")
+    return model
+
+
+def open_packed(folder: pathlib.Path, experiment: Experiment, step: int | None) -> Model:
+    """`open_model` of a packed model, which has one step."""
+    params, provenance = packed.load(folder, experiment.params_template())
+    model = Model(folder, experiment, params, provenance["step"], provenance["identity"])
+    if step not in (None, model.step):
+        raise UserError(f"no checkpoint of step {step} in {folder}: a packed model has one, of step {model.step}")
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(
+        f"model: {model.name}, trained here for the box on {experiment.config.data.dataset}, "
+        f"{size / 1e6:.2f} M parameters; {folder / 'card.md'} tells more"
+    )
+    return model
+
+
+def history(model: Model) -> list[dict]:
+    """How a model came about, as far as its folder tells: its config and training, then those of what it began as."""
+    if packed.is_packed(model.workdir):
+        made = packed.load(model.workdir, model.experiment.params_template())[1]
+        log, before = made.get("training"), made.get("start", [])
+    else:
+        found = events.training(model.workdir / "tensorboard", model.step)
+        log, before = found and found[0], read_start(model.workdir / START)
+    about = dict(name=model.workdir.name, step=model.step, identity=model.identity, training=log)
+    return [about | dict(config=model.experiment.config.to_dict()), *before]
+
+
+def read_start(path: pathlib.Path) -> list[dict]:
+    """The history that train.py wrote into a run's folder; empty for a run that started from its seed."""
+    if not path.exists():
+        return []
+    try:
+        before = json.loads(path.read_text())
+        for made in before:
+            made["name"], made["step"], made["identity"], made["training"], made["config"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is no history of a model ({one_line(error)}): delete it") from None
+    return before
+
+
+def open_classifier(workdir: str, model: Model) -> Model:
+    """The classifier of a run folder, refused unless it was trained on the images and the SDE of `model`."""
+    classifier = open_model(workdir, classifier=True)
+    theirs, ours = classifier.experiment, model.experiment
+    for what in ("sde", "image_shape", "data_range"):
+        if getattr(theirs, what) != getattr(ours, what):
+            raise UserError(
+                f"{workdir} and {model.workdir} do not fit: the classifier's {what} is {getattr(theirs, what)}, the "
+                f"model's {getattr(ours, what)}: train one for the other"
+            )
+    return classifier

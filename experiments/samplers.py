@@ -1,0 +1,145 @@
+"""Samples of a model over all devices: their keys, the prior, a solver's table and its options."""
+
+import ast
+import inspect
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from ems.statistics import EMS
+from experiments.build import Experiment
+from experiments.config import fits
+from experiments.runs import Model
+from score_sde import parallel
+from score_sde.errors import UserError
+from solvers import SOLVERS, predictor_corrector, tableau
+from solvers.dpm_solver_v3 import published_options
+from solvers.tableau import Tableau
+
+HISTORY = 4  # to which a sampler makes its tables alike
+ROWS = 32
+LARGE = 2**16  # numbers of a coefficient per pixel, above which a table keeps its length for the sake of memory
+
+
+def sample_keys(seed: int, index, purpose: int | None = None):
+    """The key of each sample (B,): a function of the seed and the sample's index, and of what else it is drawn for."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+    return keys if purpose is None else jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
+
+
+def prior(experiment: Experiment, keys):
+    """Draws of the prior (B, H, W, C), one for each key."""
+    normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), experiment.image_shape))
+    return experiment.sde.prior_std * normal(keys)
+
+
+def draws(experiment: Experiment, keys) -> Callable:
+    """i -> the i-th standard normal draw (B, H, W, C) after the prior's, one for each key."""
+    later = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    return predictor_corrector.noise_of_keys(later, experiment.image_shape)
+
+
+def sampler(model: Model, noise_of: Callable, seed: int, *, purpose: int | None = None) -> Callable:
+    """(table, indices (b,)) -> samples (b, H, W, C) over all devices, from the draws for this purpose.
+
+    noise_of: (params, *classes by turns (b,), if the network has any) -> NoiseFn.
+    Tables of any length and history share a program; those with coefficients per pixel or with noise have their own.
+    """
+    experiment = model.experiment
+
+    def one_device(params, table, evaluations, index):
+        classes = (experiment.classes(index),) if experiment.num_classes else ()
+        keys, noise = sample_keys(seed, index, purpose), noise_of(params, *classes)
+        return tableau.solve(noise, table, prior(experiment, keys), draws(experiment, keys), evaluations)
+
+    on_devices, params = parallel.pmap(one_device, in_axes=(0, None, None, 0)), parallel.replicate(model.params)
+
+    def sample(table, index):
+        evaluations, shape = len(table.t), table.l.shape[1:]
+        rows = ROWS if table.l[0].size <= LARGE else 1
+        table = tableau.uniform(table, max(HISTORY, table.history), shape)
+        table = tableau.lengthened(table, -(-evaluations // rows) * rows)
+        return parallel.gather(
+            on_devices(params, jax.tree.map(np.float32, table), np.int32(evaluations), parallel.shard(index))
+        )
+
+    return sample
+
+
+def rms(difference) -> float:
+    """Root mean square over all entries."""
+    return float(np.sqrt(np.square(difference.astype(np.float64)).mean()))
+
+
+def check_solver(name: str):
+    """Refuse what is no few-step solver."""
+    if name not in SOLVERS:
+        raise UserError(f"unknown solver {name!r}: use one of {', '.join(SOLVERS)}, or in sample.py pc or ode")
+
+
+def check_options(solver: str, options: dict, known):
+    """Refuse options that a solver does not have, by name."""
+    for name in options:
+        if name not in known:
+            raise UserError(f"solver {solver} has no option {name!r}: it has {', '.join(known)}")
+
+
+def parse_options(texts: list[str]) -> dict:
+    """--option name=value pairs; values are Python literals or plain words."""
+    options = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise UserError(f"--option {text}: expected name=value, as in --option order=2")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
+
+
+def read_search(model: Model, path: str) -> tuple[str, int, dict]:
+    """(solver, steps, options) of a file of `python -m tools.search`, refused unless it was made for this model."""
+    try:
+        found = json.loads(pathlib.Path(path).read_text())
+        solver, steps, options, identity = (found[key] for key in ("solver", "steps", "options", "checkpoint"))
+        if not (fits(steps, 1) and fits(options, {}) and steps > 0):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is no file of python -m tools.search: make one for this model") from None
+    if identity != model.identity:
+        raise UserError(f"{path} was searched for checkpoint {identity}, this is {model.identity}: search again")
+    return solver, steps, options
+
+
+def published_for(model: Model, steps: int, ems: EMS, guidance_scale: float | None = None) -> dict:
+    """The published options of DPM-Solver-v3 for this kind of model; guidance_scale: if it is not the EMS' own."""
+    scale = ems.origin.get("guidance_scale") if guidance_scale is None else guidance_scale
+    return published_options(steps, model.experiment.sde, latent=ems.origin.get("latent", False), guidance_scale=scale)
+
+
+def build_tableau(
+    model: Model, solver: str, steps: int, ems: EMS | None, guidance_scale: float | None = None, /, **options
+) -> tuple[Tableau, dict]:
+    """A solver's table for this model, and the options it was built with; misspelt options are refused by name.
+
+    ems: of the model, for dpmv3; None for the others. Of dpmv3, options that are not given are those published for the
+        kind of model; sampling ends at no smaller t than the EMS do.
+    guidance_scale: of the sampled model, if it is not the EMS' own.
+    """
+    check_solver(solver)
+    build = SOLVERS[solver]
+    parameters = inspect.signature(build).parameters
+    known = [name for name in parameters if name not in ("sde", "steps", "ems")]
+    check_options(solver, options, known)
+    for name, value in options.items():
+        if parameters[name].annotation is bool and not isinstance(value, bool):
+            raise UserError(f"option {name}={value} of solver {solver}: use True or False")
+    if solver == "dpmv3":
+        published = published_for(model, steps, ems, guidance_scale)
+        options = published | dict(t_end=max(published["t_end"], float(ems.t[-1]))) | options
+        return build(model.experiment.sde, steps, ems=ems, **options), options
+    return build(model.experiment.sde, steps, **options), options
