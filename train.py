@@ -7,23 +7,12 @@ python train.py --config=configs/digits.py --minutes=5      training.n_iters bec
 python train.py --config=configs/digits.py --config.data.dataset=FOLDER --config.training.init=runs/digits --workdir=...
 """
 
-import json
 import pathlib
-import signal
-import time
 
-import jax
-import numpy as np
 from absl import flags
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
-from experiments import events, figures, program, runs
-from experiments.build import build
-from score_sde import checkpoint, data, files, parallel, training
+from experiments import program, runs, trainer
 from score_sde.errors import UserError
-from solvers import tableau
-from solvers.dpm_solver import dpm_solver_pp
 
 CONFIG = program.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the config> if absent.")
@@ -36,242 +25,15 @@ MINUTES = flags.DEFINE_float(
 
 
 def main():
-    # ------------------------------------------------------------------------------ what to train, and where
-    began = time.monotonic()
-    config, workdir = config_and_workdir()
-    experiment = build(config)
-    fields = config.training
-    share_of_device = parallel.batch_per_device(fields.batch_size)
-    if share_of_device % fields.accumulate:
-        raise UserError(
-            f"training.accumulate is {fields.accumulate}: expected a divisor of a device's {share_of_device} images"
-        )
-    if fields.n_iters % fields.steps_per_call or fields.checkpoint_freq % fields.steps_per_call:
-        raise UserError("training.steps_per_call must divide n_iters and checkpoint_freq")
-    share = dict(batch_size=fields.batch_size, seed=config.seed, **parallel.process())
-    stream = data.Stream(experiment.images("train"), **share)
-    held_out = data.Stream(experiment.images("test"), **share)
-    params, start = starting_params(experiment, workdir)
-    runs.claim_workdir(workdir, config)
-    if start is not None:
-        files.write(workdir / runs.START, json.dumps(start, indent=2) + "\n")
-
-    # ------------------------------------------------------------------------------ the state, new or resumed
-    optimizer = training.make_optimizer(**config.optim)
-    loss = experiment.loss()
-    steps = training.make_step(
-        loss,
-        optimizer,
-        config.seed,
-        ema_rate=fields.ema_rate,
-        ema_warmup=fields.ema_warmup,
-        cooldown=fields.cooldown,
-        accumulate=fields.accumulate,
-        skip_non_finite=fields.non_finite == "skip",
-    )
-    step_on_devices = parallel.pmap(
-        lambda signal, *inputs: (*steps(*inputs), parallel.largest(signal)),
-        in_axes=(0, 0, 0, None, None),
-        donate_argnums=1,
-    )
-    held_out_loss = parallel.pmap(
-        lambda ema, batch, step: parallel.mean(
-            loss(ema, batch, jax.random.fold_in(jax.random.key(config.seed + 1), step), False).mean()
-        ),
-        in_axes=(0, 0, None),
-    )
-    show = accuracy(experiment) if experiment.logits_of else sampler(experiment)
-    checkpoints = checkpoint.Checkpoints(workdir, keep_every=fields.keep_freq)
-    state = training.init_state(params, optimizer)
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(f"{workdir}: {size / 1e6:.2f} M parameters, {stream.images.size} images, {jax.device_count()} device(s)")
-    if last := checkpoints.last(lambda step: checkpoints.restore(step, state)):
-        _, (state, meta) = last
-        if meta["stream"] != stream_identity(config, stream):
-            raise UserError(f"{workdir} was trained on other data ({meta['stream']}): restore them or start a new run")
-        print(f"continuing at step {int(state.step)}")
-    step = int(state.step)
-    state = parallel.replicate(state)
-
-    # ------------------------------------------------------------------------------ the loop
-    caught, stopped, windows = catch_stop_signals(), 0, 0  # the first window of the log has compiled
-    done = lambda: int(parallel.first(state.step))  # less than `step` after an update that was not finite
-    save = lambda: checkpoints.save(
-        parallel.first(state), {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
-    )
-    looks = (fields.log_freq, fields.eval_freq, fields.checkpoint_freq, fields.keep_freq)
-    with SummaryWriter(str(workdir / "tensorboard"), write_to_disk=parallel.writes()) as board:
-        board.add_text(events.DEVICES, parallel.devices(), step)
-        bar = program.progress(total=fields.n_iters, initial=step, unit="step", mininterval=1.0)
-        batches = stream.batches(step)
-        reported, vote, skipped, unread = (time.monotonic(), step), None, 0, []
-        while step < fields.n_iters:
-            # Of the call before, so that never more than one is ahead, and all processes stop at one step.
-            if vote is not None and (stopped := int(parallel.first(vote))):
-                break
-            count = fields.steps_per_call - step % fields.steps_per_call
-            signals = np.full(jax.local_device_count(), max(caught, default=0))
-            inputs = next_batches(batches, stream, count), step, np.int32(fields.n_iters)
-            state, metrics, vote = step_on_devices(signals, state, *inputs)
-            before, step = step, step + count
-            bar.update(step - before)
-            unread.append(metrics["skipped updates"])
-            if (step == fields.n_iters or any(crossed(before, step, every) for every in looks)) and done() < step:
-                break
-            if crossed(before, step, fields.log_freq):
-                metrics = parallel.first(metrics)
-                skipped += sum(int(parallel.first(flags).sum()) for flags in unread)
-                metrics["skipped updates"], unread = [skipped], []
-                now, images = time.monotonic(), (step - reported[1]) * fields.batch_size
-                report(bar, board, step, metrics, images / (now - reported[0]))
-                pace, reported = (now - reported[0]) / (step - reported[1]), (now, step)
-                if MINUTES.value and windows and step < fields.n_iters - fields.cooldown:
-                    left = (began + 60 * MINUTES.value - now) / pace
-                    fields.n_iters = parallel.agreed(ending(step, left, fields))
-                    bar.total = fields.n_iters
-                    runs.claim_workdir(workdir, config)
-                windows += 1
-            if crossed(before, step, fields.eval_freq):
-                batch = numbered(held_out.batch(step // fields.eval_freq), held_out)
-                value = parallel.first(held_out_loss(state.ema, parallel.shard_own(batch), step))
-                board.add_scalar("held-out loss (EMA)", value, step)
-            if crossed(before, step, fields.checkpoint_freq) or step == fields.n_iters:
-                save()
-            if parallel.writes() and (crossed(before, step, fields.keep_freq) or step == fields.n_iters):
-                show(parallel.first(state.ema), workdir, board, step)
-        batches.close()
-        bar.close()
-    if stopped or done() < step:
-        save()
-    checkpoints.wait()
-    if done() < step:
-        first = ", ".join(map(str, stream.indices(done())[:8]))
-        raise UserError(
-            f"loss or gradient is not finite at step {done()}, batch {done()} of the stream, which begins with images "
-            f"{first} of {stream.images.name}: the state before it is saved in {checkpoints.folder}: start anew with a "
-            "lower optim.lr, or pass over such batches, --config.training.non_finite=skip"
-        )
-    ended = "stopped" if stopped else "finished"
-    how = f"; continue with python train.py --workdir={workdir}" if stopped else ""
-    print(f"{ended} at step {step}, checkpoint in {workdir / 'checkpoints'}{how}")
-    return 128 + stopped if stopped else 0
-
-
-def config_and_workdir():
-    """From the flags: a config for a new or known workdir, or a workdir alone, which brings its config."""
     if CONFIG.value is None and WORKDIR.value is None:
         raise UserError("nothing to train: give --config=configs/digits.py, or --workdir=... to continue a run")
     if CONFIG.value is None:
         workdir = pathlib.Path(WORKDIR.value)
-        return runs.read_config(workdir), workdir
-    config = program.config_of(CONFIG)
-    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
-    return config, pathlib.Path(WORKDIR.value or runs.RUNS / name)
-
-
-def starting_params(experiment, workdir):
-    """Those drawn from the seed; of a new run with training.init the averaged ones of that model, and its history."""
-    folder = experiment.config.training.init
-    drawn = experiment.init_params(experiment.config.seed)
-    if folder is None or checkpoint.Checkpoints(workdir).steps():
-        return drawn, None
-    model = runs.open_model(folder, classifier=experiment.logits_of is not None)
-    checkpoint.check_fit(folder, "params", checkpoint.layout(drawn), checkpoint.layout(model.params))
-    theirs, ours = model.experiment.config.denoiser, experiment.config.denoiser
-    for field in ours:
-        if theirs[field] != ours[field]:
-            raise UserError(
-                f"{folder} was trained with denoiser.{field} {theirs[field]!r}, not {ours[field]!r}, so its parameters "
-                "mean something else: take its value, or start from the seed"
-            )
-    return model.params, runs.history(model)
-
-
-def stream_identity(config, stream) -> str:
-    """What the position in the stream refers to."""
-    return f"{config.data.dataset} {stream.images.size} images, batch {config.training.batch_size}, seed {config.seed}"
-
-
-def ending(step: int, left: float, fields) -> int:
-    """The number of steps in the end if so many are left: a multiple of steps_per_call, with room for the cooldown."""
-    calls = max(left, fields.cooldown, 1) // fields.steps_per_call
-    return step - step % fields.steps_per_call + fields.steps_per_call * max(1, int(calls))
-
-
-def numbered(batch, stream):
-    """This process' part of a batch, with each example's index in the global batch."""
-    return batch | {"index": stream.block}
-
-
-def next_batches(batches, stream, count: int):
-    """The next batches, so many, as (devices, steps, batch per device, ...)."""
-    parts = [parallel.shard_own(numbered(next(batches)[1], stream)) for _ in range(count)]
-    return jax.tree.map(lambda *values: np.stack(values, axis=1), *parts)
-
-
-def crossed(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, now]."""
-    return now // every > before // every
-
-
-def report(bar, board, step, metrics, rate):
-    """Loss on the bar, scalars to TensorBoard."""
-    values = {name: float(value[-1]) for name, value in metrics.items()}
-    bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
-    for name, value in (values | {"images per second": rate}).items():
-        board.add_scalar(name, value, step)
-
-
-def sampler(experiment, n: int = 36):
-    """(params, workdir, board, step): show n images by 20 evaluations of DPM-Solver++, of the same noise every time."""
-    table = dpm_solver_pp(experiment.sde, 20)
-    z = jax.random.normal(jax.random.key(0), (n, *experiment.image_shape)) * experiment.sde.prior_std
-    classes = experiment.classes(jax.numpy.arange(n))
-    solve = jax.jit(lambda params, z: tableau.solve(experiment.noise_of(params, classes), table, z))
-
-    def show(params, workdir, board, step):
-        images = experiment.to_uint8(solve(params, z))
-        figures.save_grid(workdir / "tensorboard" / f"samples_{step}.png", images)
-        board.add_image("samples", figures.image_grid(images), step, dataformats="HWC")
-
-    return show
-
-
-def accuracy(experiment, n: int = 1000, levels: int = 6):
-    """(params, workdir, board, step): show a classifier's accuracy on n test images at times t_min to t_max."""
-    images = experiment.images("test")
-    batch = images.take(np.arange(min(n, images.size)))
-    keys = jax.random.split(jax.random.key(0), len(batch["label"]))
-    times = np.linspace(experiment.sde.t_min, experiment.sde.t_max, levels, dtype=np.float32)
-
-    @jax.jit
-    def accurate(params, t):
-        x0 = experiment.as_seen(keys, batch["image"])
-        z = jax.random.normal(jax.random.key(1), x0.shape)
-        logits = experiment.logits_of(params)(experiment.sde.perturb(x0, t, z), t)
-        return (logits.argmax(1) == batch["label"]).mean()
-
-    def show(params, workdir, board, step):
-        found = [float(accurate(params, t)) for t in times]
-        for t, share in zip(times, found, strict=True):
-            board.add_scalar(f"accuracy/t={t:.2g}", share, step)
-        shown = ", ".join(f"{share:.3f} at t={t:.2g}" for t, share in zip(times, found, strict=True))
-        tqdm.write(f"step {step}: accuracy on {len(keys)} test images {shown}")
-
-    return show
-
-
-def catch_stop_signals() -> list[int]:
-    """A list that a first Ctrl-C or SIGTERM is added to; a second one kills."""
-    caught = []
-
-    def stop(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    return caught
+        config = runs.read_config(workdir)
+    else:
+        config, name = program.config_of(CONFIG), pathlib.Path(program.config_file()).stem
+        workdir = pathlib.Path(WORKDIR.value or runs.RUNS / name)
+    return trainer.train(config, workdir, minutes=MINUTES.value)
 
 
 if __name__ == "__main__":

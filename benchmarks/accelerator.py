@@ -26,8 +26,9 @@ from absl import flags
 from benchmarks import timed
 from ems import estimate, statistics
 from experiments import runs, samplers
-from experiments.build import Experiment, build
+from experiments.build import diffusion_of
 from experiments.program import config_flag, config_of, run
+from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError, one_line
 from solvers import SOLVERS, probability_flow, tableau
 
@@ -117,8 +118,8 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def experiment_of(**changes) -> Experiment:
-    """The experiment of --config, or the published CIFAR-10 one, with fields of the network changed."""
+def changed_config(**changes):
+    """The config of --config, or the published CIFAR-10 one, with fields of the network changed."""
     if flags.FLAGS["config"].present:
         config = config_of(CONFIG).copy_and_resolve_references()
     else:
@@ -127,7 +128,12 @@ def experiment_of(**changes) -> Experiment:
         config = cifar10_ddpmpp_continuous.get_config()
     with config.unlocked():
         config.model.update(changes)
-    return build(config)
+    return config
+
+
+def experiment_of(**changes) -> Diffusion:
+    """The model of `changed_config`."""
+    return diffusion_of(changed_config(**changes))
 
 
 def all_works(small: int, middle: int, *large: int) -> dict[str, Callable[[], Work]]:
@@ -162,17 +168,18 @@ def some_params(experiment):
     fan_in = lambda leaf: max(1, np.prod(leaf.shape[:-1]))
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / np.float32(fan_in(leaf)) ** 0.5),
-        experiment.params_template(),
+        jax.eval_shape(experiment.init, jax.random.key(0)),
     )
 
 
 def some_images(experiment, batch: int):
-    return jax.random.normal(jax.random.key(0), (batch, *experiment.image_shape))
+    return jax.random.normal(jax.random.key(0), (batch, *experiment.space.shape))
 
 
 def training(batch: int, precision: str, changes: dict, count: int = 1) -> Work:
-    experiment = experiment_of(**changes)
-    step, state = timed.training_step(experiment, some_params(experiment))
+    config = changed_config(**changes)
+    experiment = diffusion_of(config)
+    step, state = timed.training_step(config, experiment, some_params(experiment))
     blank = timed.blank(experiment, np.tile(np.arange(batch), (count, 1)))
     random = np.random.default_rng(0).integers(0, 256, blank["image"].shape, np.uint8)
     batches = jax.device_put(blank | {"image": random})
@@ -214,7 +221,7 @@ def sampling(batch: int, precision: str, changes: dict) -> Work:
     history = max(table.history for table in tables.values())
     calls = {}
     for name, table in tables.items():
-        table = jax.tree.map(jnp.float32, tableau.uniform(table, history, experiment.image_shape))
+        table = jax.tree.map(jnp.float32, tableau.uniform(table, history, experiment.space.shape))
         calls[f"{name}, {EVALUATIONS} evaluations, {precision}, batch {batch}"] = params, table, x
     function = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x))
     return Work(function, calls, batch, precision, looped=True, evaluations=lambda result: EVALUATIONS)
@@ -384,13 +391,13 @@ def relative(value, truth) -> float:
 
 def results(model, precision: str, dtype: str = "float32") -> dict:
     """The noise, EMS, samples of DPM-Solver-v3 and bits/dim of a packed model."""
-    config = model.experiment.config.copy_and_resolve_references()
+    config = model.config.copy_and_resolve_references()
     with config.unlocked():
         config.model.dtype = dtype
-    experiment = build(config)
+    experiment = diffusion_of(config)
     noise, n = experiment.noise_of, 16
     key = jax.random.key(7)
-    z = jax.random.normal(key, (n, *experiment.image_shape))
+    z = jax.random.normal(key, (n, *experiment.space.shape))
     t = jnp.linspace(0.02, 1.0, n)
     ems = statistics.load(f"{PACKED}/ems.npz")
     table = jax.tree.map(np.float32, SOLVERS["dpmv3"](experiment.sde, EVALUATIONS, ems=ems._replace(origin={})))

@@ -59,7 +59,7 @@ def compared(model, nodes: list[int], seeds: int, n: int):
     fine = solve(study.fine_solution(model))
 
     def distances(ems) -> list[float]:
-        tables = (samplers.build_tableau(model, "dpmv3", k, ems)[0] for k in STEPS)
+        tables = (samplers.build_tableau(model.diffusion.sde, "dpmv3", k, ems)[0] for k in STEPS)
         return [samplers.rms(solve(table) - fine) for table in tables]
 
     found: dict[tuple[int, int], list] = {}
@@ -75,8 +75,8 @@ def compared(model, nodes: list[int], seeds: int, n: int):
 
 def measured(model, nodes: int, seed: int) -> moments.Moments:
     """Moments in blocks at the nodes of a grid, on all training images up to MOST_IMAGES; goes on where stopped."""
-    experiment, source = model.experiment, measuring.training_images(model.experiment)
-    batch_size = experiment.config.ems.batch_size
+    diffusion, source = model.diffusion, measuring.training_images(model)
+    batch_size = model.config.ems.batch_size
     images = range(min(MOST_IMAGES, source.size) // batch_size * batch_size)
     with program.progress(desc=f"EMS, {nodes} nodes x {len(images)} images, seed {seed}") as bar:
 
@@ -86,11 +86,11 @@ def measured(model, nodes: int, seed: int) -> moments.Moments:
 
         study.FOLDER.mkdir(parents=True, exist_ok=True)
         return estimate.accumulate(
-            measuring.on_devices(model, experiment.noise_of, seed),
-            estimate.nodes(experiment.sde, nodes),
+            measuring.on_devices(diffusion, model.params, seed),
+            estimate.nodes(diffusion.sde, nodes),
             source.take,
             images,
-            experiment.image_shape,
+            diffusion.space.shape,
             batch_size=batch_size,
             partial=study.FOLDER / f"ems_budget_{model.identity}_nodes{nodes}_seed{seed}.partial.npz",
             identity=f"{model.identity} seed {seed}",
@@ -100,7 +100,7 @@ def measured(model, nodes: int, seed: int) -> moments.Moments:
 
 def part(model, blocks: moments.Moments, nodes: int, shares: int) -> statistics.EMS:
     """The statistics of the first blocks at every so many of the nodes measured."""
-    sde, finest = model.experiment.sde, blocks.n.shape[1] - 1
+    sde, finest = model.diffusion.sde, blocks.n.shape[1] - 1
     stride = finest // nodes
     node = estimate.nodes(sde, finest)
     node = estimate.nodes_at(sde, node.t[::stride], node.lam[::stride])

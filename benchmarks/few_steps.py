@@ -88,7 +88,7 @@ def compared(model, ems, network, steps: list[int], n: int) -> dict:
         tables, errors = {}, {}
         for grid in GRIDS:
             try:
-                tables[grid], _ = samplers.build_tableau(model, solver, k, ems, **options, grid=grid)
+                tables[grid], _ = samplers.build_tableau(model.diffusion.sde, solver, k, ems, **options, grid=grid)
             except UserError:  # two times of the grid fall on one node of the EMS, or k is too few for F-PNDM
                 continue
             if tables[grid].noise is None:
@@ -116,13 +116,13 @@ def timed(model, ems, repeats: int) -> dict[str, tuple[float, float]]:
 
     By turns; without it, the solver alone works, on x in the network's place.
     """
-    batch = np.arange(model.experiment.config.sampling.batch_size)
+    batch = np.arange(model.config.sampling.batch_size)
     tables = {
-        name: samplers.build_tableau(model, solver, TIMED_STEPS, ems, **options)[0]
+        name: samplers.build_tableau(model.diffusion.sde, solver, TIMED_STEPS, ems, **options)[0]
         for name, (solver, options, _) in SOLVERS.items()
     }
-    whole = samplers.sampler(model, model.experiment.noise_of, SEED)
-    alone = samplers.sampler(model, lambda *_: lambda x, t: x, SEED)
+    whole = samplers.sampler(model.diffusion, model.params, SEED)
+    alone = samplers.sampler(model.diffusion._replace(noise_of=lambda *_: lambda x, t: x), model.params, SEED)
     calls = [functools.partial(sample, table, batch) for sample in (whole, alone) for table in tables.values()]
     times = by_turns(calls, program.progress(range(repeats + 1), desc="seconds"))
     return dict(zip(tables, zip(times[: len(tables)], times[len(tables) :], strict=True), strict=True))
@@ -145,7 +145,7 @@ def shown(model, network, found) -> list[str]:
     steps, n = found["steps"], found["samples"]
     figures.save_convergence(picture, steps, rms("best"), f"{model.name}, {n} noises, best named grids")
     fastest = min(found["seconds"].values())[0]
-    data_range = "[{:g}, {:g}]".format(*model.experiment.data_range)
+    data_range = f"[{model.diffusion.space.low:g}, {model.diffusion.space.high:g}]"
     network_name = f"{network.distance}, {n} samples against the training images"
     seconds = {
         name: [f"{1e3 * whole:.1f}", f"{whole / fastest - 1:+.1%}", f"{1e3 * alone:.2f}", f"{alone / whole:.1%}"]
@@ -154,8 +154,8 @@ def shown(model, network, found) -> list[str]:
     return [
         f"## {model.name}",
         "",
-        f"{type(model.experiment.sde).__name__}, data in {data_range}. RMS distance to the fine solution (DPM-Solver++ "
-        f"2M, {model.experiment.config.eval.fine_steps} evaluations, known to {found['fine_uncertainty']:.1e}), {n} "
+        f"{type(model.diffusion.sde).__name__}, data in {data_range}. RMS distance to the fine solution (DPM-Solver++ "
+        f"2M, {model.config.eval.fine_steps} evaluations, known to {found['fine_uncertainty']:.1e}), {n} "
         "noises, each solver on its paper's own grid:",
         "",
         *study.rows("evaluations", steps, rms("own")),
@@ -169,7 +169,7 @@ def shown(model, network, found) -> list[str]:
         f"{network_name}, best grids:",
         "",
         *study.rows("evaluations", steps, frechet("best")),
-        f"Milliseconds of a batch of {model.experiment.config.sampling.batch_size} in {TIMED_STEPS} evaluations, "
+        f"Milliseconds of a batch of {model.config.sampling.batch_size} in {TIMED_STEPS} evaluations, "
         f"median over turns ({jax.default_backend()}):",
         "",
         *study.rows("solver", ["ms", "above the fastest", "without network", "share"], seconds),

@@ -59,7 +59,7 @@ def compared(model, ems, steps: list[int], n: int) -> dict[str, list[float]]:
     found = {name: [] for name in ROWS}
     for name, k in program.progress([(name, k) for k in steps for name in ROWS], desc=model.workdir.name):
         (l, s_and_b), options = ROWS[name]
-        table, _ = samplers.build_tableau(model, "dpmv3", k, with_fixed(ems, l, s_and_b), **options)
+        table, _ = samplers.build_tableau(model.diffusion.sde, "dpmv3", k, with_fixed(ems, l, s_and_b), **options)
         found[name].append(samplers.rms(solve(table) - fine))
     return found
 

@@ -17,8 +17,7 @@ from absl import flags
 from scipy import integrate
 
 from benchmarks import timed
-from experiments import program, runs, samplers
-from score_sde import data
+from experiments import build, program, runs, samplers
 from solvers import probability_flow
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
@@ -32,17 +31,14 @@ FINE = 1e-8  # of the solution in float64
 def main():
     # ------------------------------------------------------------------------------ images and what to compare
     model = runs.open_model(WORKDIR.value)
-    experiment, n = model.experiment, BATCH_SIZE.value
-    sde, config = experiment.sde, experiment.config
-    t_min, centered = config.eval.likelihood.t_min, config.data.centered
-    batch = experiment.images("test").take(np.arange(n))
-    dequantize = functools.partial(data.preprocess, random_flip=False, uniform_dequantization=True, centered=centered)
-    x = jax.vmap(dequantize)(samplers.sample_keys(0, np.arange(n)), jnp.asarray(batch["image"]))
+    diffusion, config, n = model.diffusion, model.config, BATCH_SIZE.value
+    sde, t_min = diffusion.sde, config.eval.likelihood.t_min
+    batch = build.images_of(config, "test").take(np.arange(n))
+    pixels = build.space_of(config, dequantize=True)
+    x = jax.vmap(pixels.encode)(samplers.sample_keys(0, np.arange(n)), jnp.asarray(batch["image"]))
     probe = probability_flow.rademacher(jax.random.key(1), 1, x.shape)
-    noise_of = lambda params: experiment.noise_of(params, batch.get("label"))
-    bits = lambda logp: np.asarray(
-        probability_flow.bits_per_dim(np.asarray(logp, np.float64), x.shape[1:], centered=centered)
-    )
+    noise_of = lambda params: diffusion.noise_of(params, batch.get("label"))
+    bits = lambda logp: np.asarray(probability_flow.bits_per_dim(np.asarray(logp, np.float64), pixels))
 
     @functools.partial(jax.jit, static_argnums=3)
     def ours(params, x, probe, tolerance):
@@ -69,7 +65,7 @@ def main():
     device = forward + seconds(lambda: published.divergence(x, jnp.float32(0.5)))
 
     # ------------------------------------------------------------------------------ say
-    print(f"{n} images {experiment.image_shape}, {jax.default_backend()}; one forward {forward:.4f} s")
+    print(f"{n} images {pixels.shape}, {jax.default_backend()}; one forward {forward:.4f} s")
     print(f"{'':12s} tolerance  error bits/dim  evaluations  forwards each  seconds")
     for name, k, e, number, each, whole in (
         ("published", TOLERANCE.value, error, calls, device, total),

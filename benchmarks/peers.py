@@ -21,9 +21,9 @@ from absl import flags
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timed
-from experiments import program
-from experiments.build import Experiment, build
+from experiments import build, program
 from score_sde import parallel
+from score_sde.denoiser import Diffusion
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
 
@@ -34,15 +34,15 @@ STEPS = 50  # of the solvers, whose network is free here
 
 def main():
     config = program.config_of(CONFIG)
-    experiment = build(config)
+    diffusion = build.diffusion_of(config)
     batch = config.training.batch_size
     parallel.batch_per_device(batch)
     print(f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, CPU; seconds\n")
     print("| | ours | theirs | ours / theirs | our GFLOP | their GFLOP |\n|---|---|---|---|---|---|")
     for name, pair in (
         ("3x3 convolution, 128 channels", convolutions()),
-        *networks(experiment, batch),
-        (f"DPM-Solver++ 2M, {STEPS} steps without network", solvers(experiment, batch)),
+        *networks(config, diffusion, batch),
+        (f"DPM-Solver++ 2M, {STEPS} steps without network", solvers(diffusion, batch)),
     ):
         calls, operations = pair
         ours, theirs = timed.by_turns(calls, range(REPEATS.value + 1))
@@ -60,14 +60,13 @@ def convolutions():
     return (functools.partial(ours, maps, kernel), theirs), (operations, operations)
 
 
-def networks(experiment: Experiment, batch: int):
+def networks(config, diffusion: Diffusion, batch: int):
     """Forward pass and training step of both networks; their operations as XLA and torch count them."""
-    config, shape = experiment.config, (batch, *experiment.image_shape)
-    model = config.model
+    model, shape = config.model, (batch, *diffusion.space.shape)
     x, t = jnp.ones(shape), jnp.full((batch,), 0.5)
-    noise = lambda params, x, t: experiment.noise_of(params)(x, t)
-    step, state = timed.training_step(experiment)
-    one_batch = state, timed.blank(experiment, np.arange(batch)[None]), 0
+    noise = lambda params, x, t: diffusion.noise_of(params)(x, t)
+    step, state = timed.training_step(config, diffusion)
+    one_batch = state, timed.blank(diffusion, np.arange(batch)[None]), 0
 
     sides = [config.data.image_size // 2**level for level in range(len(model.ch_mult))]
     kinds = ["Attn" if side in model.attn_resolutions else "" for side in sides]
@@ -101,18 +100,18 @@ def networks(experiment: Experiment, batch: int):
         return counter.get_total_flops()
 
     for name, ours, function, arguments, call in (
-        ("forward", timed.parallel_forward(experiment, state.params, x, t), noise, (state.params, x, t), their_forward),
-        ("training step", timed.parallel_step(experiment, batch), step, one_batch, their_step),
+        ("forward", timed.parallel_forward(diffusion, state.params, x, t), noise, (state.params, x, t), their_forward),
+        ("training step", timed.parallel_step(config, diffusion, batch), step, one_batch, their_step),
     ):
         yield name, ((ours, call), (timed.operations(jax.jit(function), *arguments), their_operations(call)))
 
 
-def solvers(experiment: Experiment, batch: int):
+def solvers(diffusion: Diffusion, batch: int):
     """All steps of both around a network that returns its input."""
-    table = jax.tree.map(np.float32, dpm_solver_pp(experiment.sde, STEPS))
-    x = jnp.ones((batch, *experiment.image_shape))
+    table = jax.tree.map(np.float32, dpm_solver_pp(diffusion.sde, STEPS))
+    x = jnp.ones((batch, *diffusion.space.shape))
     solve = jax.jit(lambda table, x: tableau.solve(lambda x, t: x, table, x))
-    image = torch.ones(batch, *experiment.image_shape)
+    image = torch.ones(batch, *diffusion.space.shape)
     scheduler = diffusers.DPMSolverMultistepScheduler()
 
     def theirs():

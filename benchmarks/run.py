@@ -19,7 +19,7 @@ from absl import flags
 from benchmarks import timed
 from ems import estimate
 from experiments import program, samplers
-from experiments.build import build
+from experiments.build import diffusion_of
 from score_sde import data, parallel
 from solvers import SOLVERS, probability_flow, tableau
 
@@ -35,17 +35,17 @@ def seconds(function, *arguments) -> float:
 def main():
     # ------------------------------------------------------------------------------ what is timed, and on what
     config = program.config_of(CONFIG)
-    experiment = build(config)
+    diffusion = diffusion_of(config)
     batch_size = config.training.batch_size
     parallel.batch_per_device(batch_size)
-    params = experiment.init_params(0)
-    x = jax.random.normal(jax.random.key(0), (batch_size, *experiment.image_shape))
+    params = diffusion.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(0), (batch_size, *diffusion.space.shape))
     t = jnp.full((batch_size,), 0.5)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     device = jax.devices()[0]
     print(f"{device.device_kind}, {os.cpu_count()} CPU cores, {platform.machine()}, jax {jax.__version__}")
     print(
-        f"{size / 1e6:.2f} M parameters, images {experiment.image_shape}, batch {batch_size}, one device where not said"
+        f"{size / 1e6:.2f} M parameters, images {diffusion.space.shape}, batch {batch_size}, one device where not said"
     )
 
     # ------------------------------------------------------------------------------ the machine
@@ -57,7 +57,7 @@ def main():
     print("| | seconds | images/s | forwards | GFLOP | of the convolution peak |\n|---|---|---|---|---|---|")
 
     # ------------------------------------------------------------------------------ the work
-    network = jax.jit(lambda params, x, t: experiment.noise_of(params)(x, t))
+    network = jax.jit(lambda params, x, t: diffusion.noise_of(params)(x, t))
     forward = seconds(network, params, x, t)
 
     def show(name: str, duration: float, flops: float | None = None, images: int = batch_size):
@@ -68,48 +68,48 @@ def main():
 
     show("forward", forward, timed.operations(network, params, x, t))
 
-    step, state = timed.training_step(experiment)
-    step, arguments = jax.jit(step), (state, timed.blank(experiment, np.arange(batch_size)[None]), 0)
+    step, state = timed.training_step(config, diffusion)
+    step, arguments = jax.jit(step), (state, timed.blank(diffusion, np.arange(batch_size)[None]), 0)
     show("training step", seconds(step, *arguments), timed.operations(step, *arguments))
 
     if jax.device_count() > 1:  # as train.py and sample.py compute
         devices = f"over {jax.device_count()} devices"
-        show(f"forward {devices}", seconds(timed.parallel_forward(experiment, params, x, t)))
-        show(f"training step {devices}", seconds(timed.parallel_step(experiment, batch_size)))
+        show(f"forward {devices}", seconds(timed.parallel_forward(diffusion, params, x, t)))
+        show(f"training step {devices}", seconds(timed.parallel_step(config, diffusion, batch_size)))
 
-    node = jax.tree.map(np.float32, estimate.nodes(experiment.sde, 3))
+    node = jax.tree.map(np.float32, estimate.nodes(diffusion.sde, 3))
     measure = jax.jit(
         lambda params, node, x: estimate.measure(
-            experiment.noise_of(params), node, np.arange(4), jax.random.key(0), x, np.arange(batch_size)
+            diffusion.noise_of(params), node, np.arange(4), jax.random.key(0), x, np.arange(batch_size)
         )
     )
     show("EMS, one node", seconds(measure, params, node, x) / 4)
-    two_pass = jax.jit(functools.partial(published_two_pass, experiment))
+    two_pass = jax.jit(functools.partial(published_two_pass, diffusion))
     show("EMS, one node, the published two passes", seconds(two_pass, params, x, t))
 
-    draws = samplers.draws(experiment, samplers.sample_keys(0, np.arange(batch_size)))
-    solve = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x, draws))
-    times = experiment.sde.t_min, experiment.sde.t_max
+    draws = samplers.draws(diffusion, samplers.sample_keys(0, np.arange(batch_size)))
+    solve = jax.jit(lambda params, table, x: tableau.solve(diffusion.noise_of(params), table, x, draws))
+    times = diffusion.sde.t_min, diffusion.sde.t_max
     tables = {
-        name: build(experiment.sde, STEPS, **({"ems": timed.flat_ems(experiment, times)} if name == "dpmv3" else {}))
+        name: build(diffusion.sde, STEPS, **({"ems": timed.flat_ems(diffusion, times)} if name == "dpmv3" else {}))
         for name, build in SOLVERS.items()
     }
     history = max(table.history for table in tables.values())  # then all that draw no noise share one program
     for name, table in tables.items():
-        table = jax.tree.map(np.float32, tableau.uniform(table, history, experiment.image_shape))
+        table = jax.tree.map(np.float32, tableau.uniform(table, history, diffusion.space.shape))
         show(f"{name}, one of {STEPS} evaluations", seconds(solve, params, table, x) / STEPS)
 
     probe = probability_flow.rademacher(jax.random.key(1), 1, x.shape)
     likelihood = jax.jit(
         lambda params, x: probability_flow.log_likelihood(
-            experiment.noise_of(params), experiment.sde, x, probe, rtol=1e-2, atol=1e-2
+            diffusion.noise_of(params), diffusion.sde, x, probe, rtol=1e-2, atol=1e-2
         )[::2]
     )
     _, run = likelihood(params, x)
     show("likelihood, one evaluation", seconds(likelihood, params, x) / int(run.evaluations))
 
     # ------------------------------------------------------------------------------ the data
-    shape = (50_000, *experiment.image_shape)
+    shape = (50_000, *diffusion.space.shape)
     pictures = np.zeros(shape, np.uint8)
     images = data.Images("zeros", len(pictures), lambda index: {"image": pictures[index]})
     stream = data.Stream(images, batch_size=1024, seed=0)
@@ -117,9 +117,9 @@ def main():
     print(f"\ncompilations for all solvers: {solve._cache_size()}")
 
 
-def published_two_pass(experiment, params, x, t):
+def published_two_pass(diffusion, params, x, t):
     """What the published EMS procedure evaluates per node: a jvp for l; then a forward and a jvp for f and f'."""
-    noise = experiment.noise_of(params)
+    noise = diffusion.noise_of(params)
     jvp_of_l = jax.jvp(lambda x: noise(x, t), (x,), (jnp.ones_like(x),))[1]
     later = x + 0.1  # the second pass draws other noise
     eps = noise(later, t)

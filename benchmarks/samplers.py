@@ -43,8 +43,8 @@ def main():
         new = [
             f"## {model.name}",
             "",
-            f"{type(model.experiment.sde).__name__}, N = {n}, signal-to-noise ratio "
-            f"{model.experiment.config.sampling.snr:g}. {network.distance} of {num_samples} samples against the "
+            f"{type(model.diffusion.sde).__name__}, N = {n}, signal-to-noise ratio "
+            f"{model.config.sampling.snr:g}. {network.distance} of {num_samples} samples against the "
             f"training images, mean and standard deviation over {seeds} seeds. {floor_images} test images have "
             f"{floor:.3g}.",
             "",
@@ -70,13 +70,13 @@ def compared(model, network, n: int, num_samples: int, seeds: int):
 
 def sampler(model, num_samples: int, *, n: int, **options) -> Callable:
     """seed -> samples (num_samples, H, W, C), the last means, as published."""
-    experiment, size = model.experiment, parallel.round_up(min(num_samples, study.BATCH))
-    options |= dict(n=n, snr=experiment.config.sampling.snr)
+    diffusion, size = model.diffusion, parallel.round_up(min(num_samples, study.BATCH))
+    options |= dict(n=n, snr=model.config.sampling.snr)
 
     def one_device(params, seed, index):
         keys = samplers.sample_keys(seed, index)
-        noise, x = experiment.noise_of(params, experiment.classes(index)), samplers.prior(experiment, keys)
-        return predictor_corrector.sample(noise, experiment.sde, x, samplers.draws(experiment, keys), **options)
+        noise, x = diffusion.noise_of(params, diffusion.conditions(index)), samplers.prior(diffusion, keys)
+        return predictor_corrector.sample(noise, diffusion.sde, x, samplers.draws(diffusion, keys), **options)
 
     on_devices, params = parallel.pmap(one_device, in_axes=(0, None, 0)), parallel.replicate(model.params)
 

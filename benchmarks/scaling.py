@@ -13,8 +13,7 @@ import jax
 from absl import flags
 
 from benchmarks import timed
-from experiments import program
-from experiments.build import build
+from experiments import build, program
 
 CONFIG = program.config_flag()
 REPEATS = flags.DEFINE_integer("repeats", 7, "Steps timed of each.", lower_bound=1)
@@ -22,13 +21,13 @@ REPEATS = flags.DEFINE_integer("repeats", 7, "Steps timed of each.", lower_bound
 
 def main():
     config = program.config_of(CONFIG)
-    experiment = build(config)
+    diffusion = build.diffusion_of(config)
     batch = config.training.batch_size
     print(
         "| processes | devices of each | batch | first step | seconds of a step | images/s |\n|---|---|---|---|---|---|"
     )
     for size in dict.fromkeys((batch, batch * jax.device_count())):
-        step = timed.parallel_step(experiment, size)
+        step = timed.parallel_step(config, diffusion, size)
         began = time.perf_counter()
         jax.block_until_ready(step())
         first = time.perf_counter() - began

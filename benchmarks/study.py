@@ -38,8 +38,8 @@ def steps() -> list[int]:
 
 def from_noises(model: runs.Model, seed: int, n: int) -> Callable:
     """tableau -> samples (n, H, W, C) in the data range, from the same n noises each time."""
-    experiment, size = model.experiment, parallel.round_up(min(n, BATCH))
-    sample = samplers.sampler(model, experiment.noise_of, seed)
+    size = parallel.round_up(min(n, BATCH))
+    sample = samplers.sampler(model.diffusion, model.params, seed)
 
     def solve(table: tableau.Tableau) -> np.ndarray:
         return np.concatenate([sample(table, np.arange(i, i + size)) for i in range(0, n, size)])[:n]
@@ -49,12 +49,12 @@ def from_noises(model: runs.Model, seed: int, n: int) -> Callable:
 
 def fine_solution(model: runs.Model, part: int = 1) -> tableau.Tableau:
     """The solver that others are compared with, in 1 / part of its evaluations."""
-    return dpm_solver_pp(model.experiment.sde, model.experiment.config.eval.fine_steps // part, order=2)
+    return dpm_solver_pp(model.diffusion.sde, model.config.eval.fine_steps // part, order=2)
 
 
 def feature_network(model: runs.Model) -> features.FeatureNetwork:
     """The network of --network, or the local one of the model's data set, of this package or in runs/."""
-    stem = f"resnet20_{pathlib.Path(model.experiment.config.data.dataset).stem}"
+    stem = f"resnet20_{pathlib.Path(model.config.data.dataset).stem}"
     own = features.local_networks().get(stem.replace("_", "-", 1), runs.RUNS / f"{stem}.npz")
     if NETWORK.value is None and not own.exists():
         raise UserError(f"no feature network {own}: train it by python -m tools.train_features with --folder=runs")
@@ -63,13 +63,13 @@ def feature_network(model: runs.Model) -> features.FeatureNetwork:
 
 def reference_and_floor(model: runs.Model, network: features.FeatureNetwork) -> tuple[features.Statistics, float, int]:
     """Statistics of the training images; the Frechet distance of all test images to them, and their number."""
-    train, test = (quality.data_statistics(model.experiment, network, split)[0] for split in ("train", "test"))
+    train, test = (quality.data_statistics(model.config, network, split)[0] for split in ("train", "test"))
     return train, distances.frechet_distance(test.mean, test.covariance, train.mean, train.covariance), test.n
 
 
 def of_samples(model: runs.Model, network: features.FeatureNetwork, x: np.ndarray) -> features.Measured:
     """Features of samples x (n, H, W, C) in the data range."""
-    images = model.experiment.to_uint8(x)
+    images = np.asarray(model.diffusion.space.decode(x))
     return features.measure(network, lambda start, stop: images[start:stop], len(images), batch_size=BATCH)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiment import Experiment
 
 from ems.statistics import EMS
+from experiments import build
 from score_sde import parallel, training
+from score_sde.denoiser import Diffusion
 
 
 def seconds(call: Callable, repeats: int) -> float:
@@ -34,26 +35,26 @@ def by_turns(calls: Sequence[Callable], turns: Iterable[int]) -> list[float]:
     return list(np.median(times / whole, axis=1) * np.median(whole))
 
 
-def training_step(experiment: Experiment, params=None) -> tuple[Callable, training.State]:
-    """`training.make_step` of an experiment, and the state before its first step, with these parameters if given."""
-    optimizer = training.make_optimizer(**experiment.config.optim)
-    step = training.make_step(experiment.loss(), optimizer, 0, ema_rate=0.999, ema_warmup=False)
-    return step, training.init_state(experiment.init_params(0) if params is None else params, optimizer)
+def training_step(config, diffusion: Diffusion, params=None) -> tuple[Callable, training.State]:
+    """`training.make_step` of a config, and the state before its first step, with these parameters if given."""
+    optimizer, loss = training.make_optimizer(**config.optim), build.loss_of(config, diffusion)
+    step = training.make_step(loss, optimizer, 0, ema_rate=0.999, ema_warmup=False)
+    return step, training.init_state(diffusion.init(jax.random.key(0)) if params is None else params, optimizer)
 
 
-def parallel_forward(experiment: Experiment, params, x, t) -> Callable:
+def parallel_forward(diffusion: Diffusion, params, x, t) -> Callable:
     """The forward pass of images x (B, H, W, C) at t (B,) over all devices, as sample.py computes; no arguments."""
-    forward = parallel.pmap(lambda params, x, t: experiment.noise_of(params)(x, t), in_axes=(None, 0, 0))
+    forward = parallel.pmap(lambda params, x, t: diffusion.noise_of(params)(x, t), in_axes=(None, 0, 0))
     return functools.partial(forward, params, *parallel.shard((x, t)))
 
 
-def parallel_step(experiment: Experiment, batch: int) -> Callable:
+def parallel_step(config, diffusion: Diffusion, batch: int) -> Callable:
     """The next training step of that global batch over all devices, as train.py takes it; a call without arguments."""
     share = parallel.batch_per_device(batch)
-    step, state = training_step(experiment)
+    step, state = training_step(config, diffusion)
     step, state = parallel.pmap(step, in_axes=(0, 0, None), donate_argnums=0), parallel.replicate(state)
     index = parallel.shard(np.arange(batch)).reshape(-1, 1, share)  # (devices, steps, batch per device)
-    images = blank(experiment, index)
+    images = blank(diffusion, index)
 
     def call():
         nonlocal state
@@ -63,17 +64,17 @@ def parallel_step(experiment: Experiment, batch: int) -> Callable:
     return call
 
 
-def blank(experiment: Experiment, index: np.ndarray) -> dict[str, np.ndarray]:
+def blank(diffusion: Diffusion, index: np.ndarray) -> dict[str, np.ndarray]:
     """Images of zeros of class 0, numbered `index` in the global batch, whose shape they have."""
-    image = np.zeros((*index.shape, *experiment.image_shape), np.uint8)
+    image = np.zeros((*index.shape, *diffusion.space.shape), np.uint8)
     return {"image": image, "label": np.zeros(index.shape, np.int32), "index": index}
 
 
-def flat_ems(experiment: Experiment, times: tuple[float, float]) -> EMS:
+def flat_ems(diffusion: Diffusion, times: tuple[float, float]) -> EMS:
     """Statistics of no model, l = 1 and s = b = 0: the solver's time does not depend on them."""
     t = np.linspace(*times[::-1], 25)
-    zero = np.zeros((len(t), *experiment.image_shape))
-    return EMS(t, experiment.sde.lam(t), zero + 1, zero, zero, {})
+    zero = np.zeros((len(t), *diffusion.space.shape))
+    return EMS(t, diffusion.sde.lam(t), zero + 1, zero, zero, {})
 
 
 def convolution() -> tuple[Callable, jax.Array, jax.Array, float]:

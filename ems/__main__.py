@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments import measuring, program, runs
 from score_sde.errors import UserError
+from score_sde.guidance import Guidance
 
 PRESETS = {"quick": dict(nodes=120, num_data=1024), "paper": dict(nodes=1200, num_data=4096)}
 
@@ -40,23 +41,23 @@ def main(arguments):
         raise UserError(f"unexpected argument {command!r}: expected merge, published, or options written --name=value")
     if len(files) < least[command] or (command != "merge" and len(files) > least[command]):
         raise UserError(f"python -m ems {command} takes {least[command]} file(s) (merge: or more), got {len(files)}")
-    model = runs.open_model(WORKDIR.value, CHECKPOINT.value)
+    model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
     if command == "merge":
         measuring.merge(model, files)
     elif command == "published":
-        t_end = model.experiment.sde.t_min if T_END.value is None else T_END.value
+        t_end = model.diffusion.sde.t_min if T_END.value is None else T_END.value
         measuring.take_published(model, *files, t_end=t_end)
     else:
         given = dict(nodes=NODES.value, num_data=NUM_DATA.value, batch_size=BATCH_SIZE.value, t_end=T_END.value)
         given = {name: value for name, value in given.items() if value is not None}
-        budget = dict(model.experiment.config.ems) | PRESETS.get(PRESET.value, {}) | given
+        budget = dict(model.config.ems) | PRESETS.get(PRESET.value, {}) | given
         measuring.measure(
             model,
             **budget,
             seed=SEED.value,
             first_image=FIRST_IMAGE.value,
             source=DATA.value,
-            guidance_scale=GUIDANCE.value,
+            guidance=Guidance(GUIDANCE.value),
         )
 
 

@@ -79,12 +79,12 @@ def batch_moments(noise: Callable, node: Nodes, x0, z, v, *condition) -> Moments
     """The moments of one batch at one node (scalar fields), from one network evaluation and two tangents.
 
     x0, z, v: (B, H, W, C) data, standard normal noise, random signs.
-    condition: further arguments of `noise` after x and t, one row an example (the classes of a conditional model).
+    condition: further arguments of `noise` after x and t, trees of one row an example.
     """
 
     def of_example(x, v, *condition):
         """(w, h, h', y) of one example; x, v (H, W, C)."""
-        rows = [row[None] for row in condition]
+        rows = jax.tree.map(lambda row: row[None], condition)
         eps, tangent = jax.linearize(lambda x, t: noise(x[None], t, *rows)[0], x, node.t)
         y = x / node.alpha
         along_probe = tangent(v, jnp.zeros_like(node.t))

@@ -1,10 +1,14 @@
 """What a config may hold: fields that some program reads, of the type of their defaults, within rules."""
 
 import difflib
+import importlib
+import pathlib
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from configs import base
+import configs
+from configs import base, models
 from score_sde.errors import UserError
 
 # What numbers must be, beyond their type: (what is expected, whether it is so, fields). `model` may lack some of them.
@@ -100,6 +104,32 @@ def fits(value, default) -> bool:
     kinds = {float: (int, float), tuple: (tuple, list)}
     kind = kinds.get(type(default), type(default))
     return isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def packaged() -> Iterator[tuple[str, ConfigDict]]:
+    """Every config of this package, with its file as it is given to --config."""
+    folder = pathlib.Path(configs.__file__).parent
+    for path in sorted(folder.rglob("[!_]*.py")):
+        module = importlib.import_module(".".join(path.relative_to(folder.parent).with_suffix("").parts))
+        if module not in (base, models):
+            yield str(path.relative_to(folder.parent)), module.get_config()
+
+
+def portable(config: ConfigDict | dict) -> ConfigDict:
+    """A config that names its data set and the model it starts from, not where this machine keeps them.
+
+    The network computes in float32, whatever it was trained in: a CPU has no faster type, and EMS need it.
+    """
+    config = ConfigDict(config).copy_and_resolve_references()
+    if "dtype" in config.model:
+        config.model.dtype = "float32"
+    path = pathlib.Path(config.data.dataset)
+    config.data.dataset = path.stem if path.is_absolute() or path.suffix else config.data.dataset
+    config.data.data_dir = None
+    start = config.training.get("init")
+    if start is not None and pathlib.Path(start).is_absolute():
+        config.training.init = pathlib.Path(start).name
+    return config
 
 
 def shown(options: dict) -> str:

@@ -13,17 +13,20 @@ import numpy as np
 
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
-from experiments import figures, program, runs, samplers
-from experiments.build import Experiment
+from experiments import build, figures, program, runs, samplers
 from score_sde import VERSION, data, files, parallel
+from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
+from score_sde.guidance import Guidance, guided
 from solvers.dpm_solver import dpm_solver_pp
+
+NONE = Guidance()
 
 
 def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
     """Where the statistics of that origin belong; whatever tells measurements of one size apart is in the name."""
     name = f"step{model.step}_nodes{origin['nodes']}_data{origin['num_data']}"
-    first, sde = origin["images"][0][0], model.experiment.sde
+    first, sde = origin["images"][0][0], model.diffusion.sde
     apart = {
         "_first": first or None,
         "_end": None if origin["t_end"] == sde.t_min else origin["t_end"],
@@ -31,7 +34,7 @@ def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
         "_seed": origin["seed"] or None,
     }
     name += "".join(f"{key}{value:g}" for key, value in apart.items() if value is not None)
-    name += "" if origin["data"] == model.experiment.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
+    name += "" if origin["data"] == model.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
     return model.results / "ems" / f"{name.replace(' ', '_')}.npz"
 
 
@@ -63,8 +66,8 @@ def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = N
             f"{path} was measured on checkpoint {origin.get('checkpoint')} (step {origin.get('step')}), "
             f"this is {model.identity} (step {model.step}): measure again with python -m ems --workdir={model.workdir}"
         )
-    if ems.l.shape[1:] != model.experiment.image_shape:
-        raise UserError(f"{path} is for images {ems.l.shape[1:]}, this model's are {model.experiment.image_shape}")
+    if ems.l.shape[1:] != model.diffusion.space.shape:
+        raise UserError(f"{path} is for images {ems.l.shape[1:]}, this model's are {model.diffusion.space.shape}")
     if origin.get("guidance_scale") != guidance_scale:
         theirs, ours = (
             "without guidance" if scale is None else f"with guidance {scale:g}"
@@ -75,7 +78,7 @@ def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = N
             f"{path} was measured {theirs}, sampling is {ours}: measure again with "
             f"python -m ems --workdir={model.workdir}{flag}"
         )
-    statistics.check_sde(ems, model.experiment.sde)
+    statistics.check_sde(ems, model.diffusion.sde)
     return ems
 
 
@@ -88,66 +91,47 @@ class Source(NamedTuple):
 
     name: str
     size: float  # number of images
-    take: Callable  # indices (b,) -> (x0 (b, H, W, C),), and the classes (b,) if the network has any
+    take: Callable  # indices (b,) -> x0 (b, H, W, C), and its condition: a tree of (b, ...), or None
 
 
-def training_images(experiment: Experiment) -> Source:
+def training_images(model: runs.Model) -> Source:
     """The training images, unflipped, in a fixed random order: a stored order may be one class after the other."""
     try:
-        images = experiment.images("train")
+        images = build.images_of(model.config, "train")
     except UserError as error:
         raise UserError(f"{error}; without the images, python -m ems --data=samples measures on own samples") from None
     order = data.permutation(0, 0, images.size)
-    preprocess = jax.jit(experiment.as_seen)
+    encode = jax.jit(jax.vmap(model.diffusion.space.encode))
 
     def take(index):
         batch = images.take(order[index])
-        x0 = np.asarray(preprocess(samplers.sample_keys(0, index), batch["image"]))
-        return (x0, batch["label"]) if experiment.num_classes else (x0,)
+        x0 = np.asarray(encode(samplers.sample_keys(0, index), batch["image"]))
+        return x0, batch["label"] if model.diffusion.num_classes else None
 
-    return Source(experiment.config.data.dataset, images.size, take)
+    return Source(model.config.data.dataset, images.size, take)
 
 
-def latents(experiment: Experiment, path: str) -> Source:
-    """x0 as it is, from an .npz: `latents` (K, H, W, C) of floats, and `labels` (K,) if the network has classes."""
-    keys = ["latents", "labels"] if experiment.num_classes else ["latents"]
+def latents(diffusion: Diffusion, path: str) -> Source:
+    """x0 as it is, from an .npz: `latents` (K, H, W, C) of floats, and `labels` (K,) if the model has classes."""
+    keys = ["latents", "labels"] if diffusion.num_classes else ["latents"]
     try:
         found = files.load_npz(path, keys)
         arrays = {key: found[key] for key in keys}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--data={path}: expected samples, or an .npz with {' and '.join(keys)} ({error})") from None
-    x0 = arrays["latents"]
-    if x0.shape[1:] != experiment.image_shape or x0.dtype.kind != "f" or not np.isfinite(x0).all():
-        raise UserError(
-            f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{experiment.image_shape}), NHWC"
-        )
-    columns = (x0.astype(np.float32), *(np.asarray(arrays[key], np.int32) for key in keys[1:]))
-    return Source(path, len(x0), lambda index: tuple(column[index] for column in columns))
+    x0, shape = arrays["latents"], diffusion.space.shape
+    if x0.shape[1:] != shape or x0.dtype.kind != "f" or not np.isfinite(x0).all():
+        raise UserError(f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{shape}), NHWC")
+    x0, y = x0.astype(np.float32), np.asarray(arrays["labels"], np.int32) if diffusion.num_classes else None
+    return Source(path, len(x0), lambda index: (x0[index], None if y is None else y[index]))
 
 
-def own_samples(model: runs.Model, noise_of: Callable, seed: int) -> Source:
+def own_samples(diffusion: Diffusion, params, seed: int) -> Source:
     """Samples of the model itself, each a function of its index and the seed."""
-    experiment = model.experiment
-    table = dpm_solver_pp(experiment.sde, OWN_STEPS, order=2)
-    sample = samplers.sampler(model, noise_of, seed, purpose=2)
-
-    def take(index):
-        x0 = sample(table, index)
-        return (x0, np.asarray(experiment.classes(index))) if experiment.num_classes else (x0,)
-
-    return Source(OWN_SAMPLES, np.inf, take)
-
-
-def measured_noise(experiment: Experiment, guidance_scale: float | None) -> Callable:
-    """(params, classes (B,) of a conditional network) -> the NoiseFn that is measured."""
-    if guidance_scale is None:
-        return experiment.noise_of
-    if not experiment.num_classes or not experiment.config.training.label_dropout:
-        raise UserError(
-            f"guidance {guidance_scale:g}: this model has no unconditional part: "
-            "train one that has, python train.py --config=configs/digits_conditional.py"
-        )
-    return lambda params, y: experiment.guided(params, y, guidance_scale)
+    table = dpm_solver_pp(diffusion.sde, OWN_STEPS, order=2)
+    sample = samplers.sampler(diffusion, params, seed, purpose=2)
+    condition = lambda index: jax.tree.map(np.asarray, diffusion.conditions(index))
+    return Source(OWN_SAMPLES, np.inf, lambda index: (sample(table, index), condition(index)))
 
 
 def measure(
@@ -160,31 +144,27 @@ def measure(
     seed: int = 0,
     first_image: int = 0,
     source: str | None = None,
-    guidance_scale: float | None = None,
-    noise_of: Callable | None = None,
+    guidance: Guidance = NONE,
 ) -> pathlib.Path:
     """Measure l, s, b and their errors; write the statistics, their picture and the moments; return the first's path.
 
     t_end: where the nodes end, the SDE's t_min by default.
-    first_image: where this measurement's images begin; several machines take different ones, and `merge_ems` adds.
+    first_image: where this measurement's images begin; several machines take different ones, and `merge` adds.
     source: the config's training images by default; "samples" for the model's own, or an .npz of latents.
-    guidance_scale: of classifier-free guidance, for statistics of the guided model; None for the model alone.
-    noise_of: (params, *classes) -> NoiseFn, if another than guidance_scale says is to be measured.
+    guidance: whose classifier-free scale bends what is measured; thresholds and intervals have no part in statistics.
     """
-    experiment = model.experiment
-    guidance_scale = None if guidance_scale == 1 else guidance_scale
-    if guidance_scale is not None and not np.isfinite(guidance_scale):
-        raise UserError(f"guidance {guidance_scale:g}: expected a number, such as 2.0")
-    noise_of = noise_of or measured_noise(experiment, guidance_scale)
-    t_end = experiment.sde.t_min if t_end is None else t_end
-    node = estimate.nodes(experiment.sde, nodes, t_end=t_end)
+    guidance_scale = guidance.own_scale
+    diffusion = guided(model.diffusion, Guidance(guidance_scale))
+    sde, shape = diffusion.sde, diffusion.space.shape
+    t_end = sde.t_min if t_end is None else t_end
+    node = estimate.nodes(sde, nodes, t_end=t_end)
     parallel.batch_per_device(batch_size)
     if source is None:
-        images = training_images(experiment)
+        images = training_images(model)
     elif source == "samples":
-        images = own_samples(model, noise_of, seed)
+        images = own_samples(diffusion, model.params, seed)
     else:
-        images = latents(experiment, source)
+        images = latents(diffusion, source)
     there = max(0, min(num_data, images.size - first_image))
     used = int(there) // batch_size * batch_size
     if not used:
@@ -195,7 +175,7 @@ def measure(
     origin = dict(
         checkpoint=model.identity,
         step=model.step,
-        sde=statistics.describe_sde(experiment.sde),
+        sde=statistics.describe_sde(sde),
         t_end=t_end,
         data=images.name,
         latent=source not in (None, "samples"),
@@ -211,10 +191,10 @@ def measure(
     if path.exists() and statistics.load_origin(path)["checkpoint"] == model.identity:
         print(f"EMS: already measured, {path}")
         return path
-    evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), experiment.image_shape) / 1e6
-    guided = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
+    evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), shape) / 1e6
+    bent = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
     print(
-        f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{guided}: "
+        f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{bent}: "
         f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,29 +210,28 @@ def measure(
                 bar.write(f"EMS: about {minutes:.1f} minutes, {total} calls of {began[2] - began[1]:.2f} s")
 
         blocks = estimate.accumulate(
-            on_devices(model, noise_of, seed),
+            on_devices(diffusion, model.params, seed),
             node,
             images.take,
             range(first_image, first_image + used),
-            experiment.image_shape,
+            shape,
             batch_size=batch_size,
             partial=path.with_suffix(".partial.npz"),
             identity=f"{model.identity} {origin['sde']} {images.name} {guidance_scale} seed {seed}",
             progress=progress,
         )
-    write(model, path, moments.Saved(node.t, node.lam, blocks, origin), noise_of)
+    write(model._replace(diffusion=diffusion), path, moments.Saved(node.t, node.lam, blocks, origin))
     return path
 
 
-def on_devices(model: runs.Model, noise_of: Callable, seed: int) -> Callable:
+def on_devices(diffusion: Diffusion, params, seed: int) -> Callable:
     """What `estimate.accumulate` calls: moments of images at some nodes, on all devices, for each of them."""
-    key, params = jax.random.key(seed), parallel.replicate(model.params)
-    classes = (0,) if model.experiment.num_classes else ()
+    key, params = jax.random.key(seed), parallel.replicate(params)
     mapped = parallel.pmap(
-        lambda params, node, node_index, index, x0, *y: estimate.measure(
-            lambda x, t, *y: noise_of(params, *y)(x, t), node, node_index, key, x0, index, *y
+        lambda params, node, node_index, index, x0, y: estimate.measure(
+            lambda x, t, y: diffusion.noise_of(params, y)(x, t), node, node_index, key, x0, index, y
         ),
-        in_axes=(0, None, None, 0, 0, *classes),
+        in_axes=(0, None, None, 0, 0, 0),
     )
 
     def measured(node, node_index, *arrays):
@@ -263,16 +242,16 @@ def on_devices(model: runs.Model, noise_of: Callable, seed: int) -> Callable:
     return measured
 
 
-def write(model: runs.Model, path: pathlib.Path, saved: moments.Saved, noise_of: Callable):
-    """Make statistics of moments; say how exact they are; write both, and a picture."""
+def write(model: runs.Model, path: pathlib.Path, saved: moments.Saved):
+    """Make statistics of moments; say how exact they are; write both, and a picture. model: as it was measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     moments.save(path.with_suffix(moments.SUFFIX), saved)
-    node = estimate.nodes_at(model.experiment.sde, saved.t, saved.lam)
+    node = estimate.nodes_at(model.diffusion.sde, saved.t, saved.lam)
     ems, without, sizes = estimate.with_errors(node, saved.blocks, saved.origin)
     if constant := ems.origin["constant_f"]:
         print(f"EMS: f is constant at {constant} of {ems.l.size} nodes and pixels; there s = 0 and b = f'")
     if without:
-        ems = print_errors(model, ems, without, sizes, noise_of)
+        ems = print_errors(model, ems, without, sizes)
     else:
         print("EMS: one batch only, so no standard errors: use a smaller --batch_size or a larger --num_data")
     statistics.save(path, ems)
@@ -285,7 +264,7 @@ def write(model: runs.Model, path: pathlib.Path, saved: moments.Saved, noise_of:
 JUDGED_STEPS, FINE_STEPS, JUDGED_SAMPLES = 10, 100, 32
 
 
-def print_errors(model: runs.Model, ems: EMS, without: list[EMS], sizes: list[float], noise_of: Callable) -> EMS:
+def print_errors(model: runs.Model, ems: EMS, without: list[EMS], sizes: list[float]) -> EMS:
     """Print the standard errors and whether the number of images suffices; the statistics, with that in their origin.
 
     That is told from samples: of all images' statistics, and of those without each block, against a fine solution.
@@ -297,11 +276,11 @@ def print_errors(model: runs.Model, ems: EMS, without: list[EMS], sizes: list[fl
         columns = (f"{size[i, j]:8.3f} +- {ems.errors[i, j]:.1e}" for i in range(3))
         print(f"  {ems.lam[j]:6.2f}" + "  ".join(columns))
 
-    tables = [samplers.build_tableau(model, "dpmv3", JUDGED_STEPS, part)[0] for part in (ems, *without)]
-    t_end = max(ems.t[-1], model.experiment.sde.t_min)
-    fine = dpm_solver_pp(model.experiment.sde, FINE_STEPS, order=2, t_end=t_end)
+    tables = [samplers.build_tableau(model.diffusion.sde, "dpmv3", JUDGED_STEPS, part)[0] for part in (ems, *without)]
+    t_end = max(ems.t[-1], model.diffusion.sde.t_min)
+    fine = dpm_solver_pp(model.diffusion.sde, FINE_STEPS, order=2, t_end=t_end)
     index = np.arange(parallel.round_up(JUDGED_SAMPLES))
-    sample = samplers.sampler(model, noise_of, 0, purpose=3)
+    sample = samplers.sampler(model.diffusion, model.params, 0, purpose=3)
     exact, whole, *parts = (sample(table, index) for table in (fine, *tables))
     distance, error = samplers.rms(whole - exact), samplers.rms(moments.jackknife(whole, parts, sizes))
 
@@ -342,7 +321,8 @@ def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
         whole, names = moments.add(whole, part, (names, path)), f"{names}, {path}"
     path = path_of(model, whole.origin)
     print(f"EMS: {len(paths)} measurements, {whole.origin['num_data']} images of {whole.origin['data']}")
-    write(model, path, whole, measured_noise(model.experiment, whole.origin["guidance_scale"]))
+    diffusion = guided(model.diffusion, Guidance(whole.origin["guidance_scale"]))
+    write(model._replace(diffusion=diffusion), path, whole)
     return path
 
 
@@ -351,15 +331,15 @@ def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.P
     origin = dict(
         checkpoint=model.identity,
         step=model.step,
-        sde=statistics.describe_sde(model.experiment.sde),
+        sde=statistics.describe_sde(model.diffusion.sde),
         t_end=t_end,
         data=f"published {pathlib.Path(folder).name}",
         num_data=0,
         guidance_scale=None,
         score_sde=VERSION,
     )
-    shape = model.experiment.image_shape
-    ems = statistics.load_published(folder, model.experiment.sde, shape, t_end=t_end, origin=origin)
+    shape = model.diffusion.space.shape
+    ems = statistics.load_published(folder, model.diffusion.sde, shape, t_end=t_end, origin=origin)
     ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1))
     path = model.results / "ems" / f"step{model.step}_nodes{len(ems.t) - 1}_published_end{t_end:g}.npz"
     statistics.save(path, ems)
@@ -367,14 +347,16 @@ def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.P
     return path
 
 
-def ems_of(model: runs.Model, path: str | None = None, guidance_scale: float | None = None) -> EMS:
-    """The statistics that a sampler needs: of `path`, or found in the run, or measured now, once."""
-    guidance_scale = None if guidance_scale == 1 else guidance_scale
-    found = pathlib.Path(path) if path is not None else find(model, guidance_scale)
+def ems_of(model: runs.Model, path: str | None = None, guidance: Guidance = NONE) -> EMS:
+    """The statistics that a sampler of the guided model needs: of `path`, or found in the run, or measured now, once.
+
+    A classifier has no part in them.
+    """
+    scale = guidance.own_scale
+    found = pathlib.Path(path) if path is not None else find(model, scale)
     if found is None:
-        budget = model.experiment.config.ems
         print(f"EMS: none yet for {model.name}; measuring once")
-        found = measure(model, **budget, guidance_scale=guidance_scale)
+        found = measure(model, **model.config.ems, guidance=guidance)
         parallel.wait_for_all("statistics are written")
     print(f"EMS: {found}")
-    return load(model, found, guidance_scale)
+    return load(model, found, scale)

@@ -17,13 +17,19 @@ from experiments.config import check_fields
 from score_sde import parallel
 from score_sde.errors import UserError
 
-DATASET_AT = flags.DEFINE_string("dataset_at", None, "Where a run's data set is now, if not where its config says.")
 CACHE = str(pathlib.Path.home() / ".cache" / "score_sde")
-COMPILATION_CACHE = flags.DEFINE_string("compilation_cache", None, f"Of compiled programs: a folder, {CACHE}, or off.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several; see docs/pods.md.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this program.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0 on.", lower_bound=0)
 REFUSALS = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "ENOTDIR", "EISDIR")  # of a disk, which its user can mend
+
+
+def shared_flags():
+    """Define the flags that every program has, once."""
+    if "coordinator" in flags.FLAGS:
+        return
+    flags.DEFINE_string("dataset_at", None, "Where a run's data set is now, if not where its config says.")
+    flags.DEFINE_string("compilation_cache", None, f"Folder of compiled programs, {CACHE} if absent; or off.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0 of several; see docs/pods.md.")
+    flags.DEFINE_integer("num_processes", None, "How many processes run this program.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0 on.", lower_bound=0)
 
 
 def run(main: Callable[..., None], *, files: bool = False):
@@ -39,11 +45,12 @@ def run(main: Callable[..., None], *, files: bool = False):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
     def guarded(argv):
-        cache = COMPILATION_CACHE.value or os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)
+        given = flags.FLAGS
+        cache = given.compilation_cache or os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)
         jax.config.update("jax_compilation_cache_dir", None if cache == "off" else cache)
         if len(argv) > 1 and not files:
             raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
-        parallel.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        parallel.start(given.coordinator, given.num_processes, given.process_id)
         with parallel.together():
             return main(argv[1:]) if files else main()
 
@@ -69,6 +76,7 @@ def _fail(error):
 
 def _parse(argv):
     """Parse flags; whatever absl, ml_collections and the code of a config raise becomes one line."""
+    shared_flags()
     try:
         return flags.FLAGS(argv)
     except UserError:
@@ -87,6 +95,11 @@ def progress(*iterable, **options) -> tqdm:
     return tqdm(*iterable, dynamic_ncols=True, disable=not parallel.writes(), **options)
 
 
+def dataset_at() -> str | None:
+    """The value of --dataset_at, for a program's main."""
+    return flags.FLAGS.dataset_at
+
+
 def config_flag():
     """Define --config=FILE with its overrides --config.x.y=value."""
     return config_flags.DEFINE_config_file(
@@ -94,8 +107,13 @@ def config_flag():
     )
 
 
+def config_file() -> str:
+    """The file that --config names, for a program's main."""
+    return flags.FLAGS["config"].config_filename
+
+
 def config_of(flag) -> ConfigDict:
-    """The value of `config_flag()`, given or refused."""
+    """The value of `config_flag()`, for a program's main; refused where none is given, or what is given is none."""
     given = flags.FLAGS["config"]
     file = given.config_filename if given.present else "is given"
     if not pathlib.Path(file).is_file():

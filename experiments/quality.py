@@ -7,18 +7,26 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from experiments import measuring, program, runs, samplers
+from ems.statistics import EMS
+from experiments import build, program, runs, samplers
 from score_sde import data, files, parallel, sources
 from score_sde.errors import UserError, one_line
 from score_sde.metrics import distances, features, inception
+from solvers.tableau import Tableau
 
 
 def feature_network(
-    config, name: str | None, *, inception_weights: str | None, inception_mode: str, any_inception_weights: bool
+    config,
+    name: str | None = None,
+    *,
+    inception_weights: str | None = None,
+    inception_mode: str = "tf",
+    any_inception_weights: bool = False,
 ) -> features.FeatureNetwork:
     """The network of that name, or the local one trained on the config's data set; says which.
 
@@ -41,30 +49,38 @@ def feature_network(
     return network
 
 
-def drawer(
-    model, sample: Callable, solver: str, steps: int, ems_path: str | None
-) -> tuple[Callable, object, dict, int]:
-    """((start, stop) -> the samples of these numbers as uint8, the solver's table, its options, the batch size).
+class Drawer(NamedTuple):
+    """What draws the samples that are measured: a solver's table for a model, guided or not."""
 
-    sample: `experiment.sampler` of the model.
-    """
-    experiment = model.experiment
-    ems = measuring.ems_of(model, ems_path) if solver == "dpmv3" else None
-    table, options = samplers.build_tableau(model, solver, steps, ems)
-    batch_size = parallel.round_up(experiment.config.sampling.batch_size)
+    images_of: Callable  # (start, stop) -> the samples of these numbers as uint8
+    table: Tableau
+    options: dict
+    batch_size: int
+
+
+def drawer(
+    model: runs.Model,
+    sample: Callable,
+    solver: str,
+    steps: int,
+    ems: EMS | None = None,
+    guidance_scale: float | None = None,
+) -> Drawer:
+    """What draws a model's samples; sample: `samplers.sampler` of it; the rest as for `samplers.build_tableau`."""
+    table, options = samplers.build_tableau(model.diffusion.sde, solver, steps, ems, guidance_scale)
+    batch_size = parallel.round_up(model.config.sampling.batch_size)
 
     def images_of(start, stop):
         x = sample(table, np.arange(start, start + batch_size))
         if not np.isfinite(x).all():
             raise UserError(f"samples {start} to {stop} are not all finite: try another solver or more steps")
-        return experiment.to_uint8(x)[: stop - start]
+        return np.asarray(model.diffusion.space.decode(x))[: stop - start]
 
-    return images_of, table, options, batch_size
+    return Drawer(images_of, table, options, batch_size)
 
 
 def of_samples(
-    model,
-    folder,
+    model: runs.Model,
     solver: str,
     steps: int,
     *,
@@ -72,34 +88,39 @@ def of_samples(
     network,
     n: int,
     seed: int,
-    ems_path: str | None,
-    reference_path: str | None,
+    ems: EMS | None = None,
+    guidance_scale: float | None = None,
+    reference_path: str | None = None,
+    told: dict | None = None,
 ) -> dict:
     """Distances of the model's first n samples to the training images; finished batches stay in eval/.
 
-    sample: `experiment.sampler` of the model and this seed.
+    model: guided or not; sample: `samplers.sampler` of it and this seed; told: what guides it, for the record.
     """
-    images_of, table, options, batch_size = drawer(model, sample, solver, steps, ems_path)
-    arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
-    identity = features.fingerprint(model.identity, solver, arrays, seed, network.identity())
+    way = drawer(model, sample, solver, steps, ems, guidance_scale)
+    told = told or {}
+    arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(way.table)]
+    guided = [told] if told else []
+    identity = features.fingerprint(model.identity, solver, arrays, seed, network.identity(), *guided)
     found = features.measure(
         network,
-        images_of,
+        way.images_of,
         n,
-        batch_size=batch_size,
+        batch_size=way.batch_size,
         folder=model.results / "eval" / f"step{model.step}-{solver}-{steps}-seed{seed}-{identity}",
         progress=functools.partial(program.progress, desc=f"samples by {solver}", unit="batch"),
     )
-    result = compared(model.experiment, network, found, reference_path)
+    result = compared(model.config, network, found, reference_path) | told
     title = f"{n} samples by {solver}, {steps} evaluations, seed {seed}"
-    return result | dict(title=title, solver=solver, steps=steps, options=options)
+    title += "".join(f", {name} {value}" for name, value in told.items())
+    return result | dict(title=title, solver=solver, steps=steps, options=way.options)
 
 
-def of_images(experiment, network, path: str, reference_path: str | None) -> dict:
+def of_images(config, network, path: str, reference_path: str | None = None) -> dict:
     """Distances of the images of a folder or an .npz to the training images."""
-    images = given_images(experiment.config, pathlib.Path(path))
+    images = given_images(config, pathlib.Path(path))
     found = measured_images(network, images, images.size)
-    return compared(experiment, network, found, reference_path) | dict(title=f"{images.size} images of {path}")
+    return compared(config, network, found, reference_path) | dict(title=f"{images.size} images of {path}")
 
 
 def given_images(config, path: pathlib.Path) -> data.Images:
@@ -133,9 +154,9 @@ def measured_images(network, images, n: int) -> features.Measured:
     )
 
 
-def data_statistics(experiment, network, split: str, n: int | None = None) -> tuple[features.Statistics, pathlib.Path]:
+def data_statistics(config, network, split: str, n: int | None = None) -> tuple[features.Statistics, pathlib.Path]:
     """Statistics of the first n (all if None) images of a split, measured once and kept in runs/statistics/."""
-    images, fields = experiment.images(split), experiment.config.data
+    images, fields = build.images_of(config, split), config.data
     n = min(n or images.size, images.size)
     processing = {name: fields[name] for name in ("image_size", "num_channels", "crop", "resize")}
     first = np.ascontiguousarray(images.take(np.arange(min(64, n)))["image"])  # tells data sets of one name apart
@@ -149,13 +170,13 @@ def data_statistics(experiment, network, split: str, n: int | None = None) -> tu
     return features.load(path, network), path
 
 
-def compared(experiment, network, found: features.Measured, reference_path: str | None) -> dict:
+def compared(config, network, found: features.Measured, reference_path: str | None) -> dict:
     """Every distance to the data, with the floor: what as many test images have."""
     if reference_path is None:
-        reference, path = data_statistics(experiment, network, "train")
+        reference, path = data_statistics(config, network, "train")
     else:
         reference, path = features.load(reference_path, network), reference_path
-    test, _ = data_statistics(experiment, network, "test", found.moments.n)
+    test, _ = data_statistics(config, network, "test", found.moments.n)
     floor = distances.frechet_distance(test.mean, test.covariance, reference.mean, reference.covariance)
     against = f"{reference.n} training images" if reference.provenance else f"{path}, whose origin is unknown"
     about = dict(distance=network.distance, dimension=network.dimension, against=against, reference=str(path))

@@ -6,17 +6,16 @@ import pathlib
 from typing import NamedTuple
 
 import jax
-from absl import flags
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments import events, packed
-from experiments.build import Experiment, build
+from experiments import build, events, packed
 from experiments.config import check_fields, check_values, flat
-from experiments.program import DATASET_AT
 from score_sde import checkpoint, files, parallel
+from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError, one_line
-from score_sde.models.classifier import CLASSIFIERS
+from score_sde.guidance import OF_CLASSES, Classifier, Guidance, guided
 
 RUNS = pathlib.Path("runs")
 PRETRAINED = pathlib.Path(os.path.relpath(pathlib.Path(__file__).resolve().parents[1] / "pretrained"))
@@ -111,14 +110,6 @@ def translated(config: dict, source: str) -> dict:
     return fields
 
 
-def config_of_run(folder: pathlib.Path) -> ConfigDict:
-    """`read_config`, with the data set of --dataset_at."""
-    config = read_config(folder)
-    if flags.FLAGS.is_parsed() and DATASET_AT.value is not None:
-        config.data.dataset = DATASET_AT.value
-    return config
-
-
 def newest_run() -> pathlib.Path:
     """The run folder under runs/ of a model of images, not a classifier, whose checkpoints changed last.
 
@@ -126,7 +117,7 @@ def newest_run() -> pathlib.Path:
     """
     found = [path.parent for path in RUNS.glob("*/checkpoints") if (path.parent / "config.json").is_file()]
     for run in sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
-        if read_config(run).model.name not in CLASSIFIERS:
+        if not build.is_classifier(read_config(run)):
             return run
     if packed.is_packed(PRETRAINED / BOXED):
         return PRETRAINED / BOXED
@@ -134,10 +125,11 @@ def newest_run() -> pathlib.Path:
 
 
 class Model(NamedTuple):
-    """A trained model: an experiment and the averaged parameters of one of its checkpoints."""
+    """A trained model: its config, the values made of it, and the averaged parameters of one of its checkpoints."""
 
     workdir: pathlib.Path
-    experiment: Experiment
+    config: ConfigDict
+    diffusion: Diffusion
     params: dict
     step: int
     identity: str
@@ -152,54 +144,117 @@ class Model(NamedTuple):
         return RUNS / "pretrained" / self.workdir.name if packed.is_packed(self.workdir) else self.workdir
 
 
-def open_model(workdir: str | None, step: int | None = None, *, classifier: bool = False) -> Model:
+class TrainedClassifier(NamedTuple):
+    """A trained classifier, with the averaged parameters of one of its checkpoints."""
+
+    workdir: pathlib.Path
+    config: ConfigDict
+    classifier: Classifier
+    params: dict
+    step: int
+    identity: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.workdir} at step {self.step} ({self.identity})"
+
+
+def open_model(workdir: str | None = None, step: int | None = None, *, dataset: str | None = None) -> Model:
     """The model of a run folder or a packed one (`newest_run` if None), at a step (the last if None). Says which.
 
-    classifier: whether the run must be a classifier's; it must not, otherwise.
+    dataset: where its data set is now, if not where its config says.
     """
-    folder = newest_run() if workdir is None else pathlib.Path(workdir)
-    if not folder.is_dir():
-        raise UserError(f"no such workdir {folder}: train first, python train.py --config=configs/digits.py")
-    experiment = build(config_of_run(folder))
-    if classifier != (experiment.logits_of is not None):
-        held, wanted = ("a model of images", "a classifier") if classifier else ("a classifier", "a model of images")
-        example = "classifier/digits" if classifier else "digits"
-        raise UserError(f"{folder} holds {held}, not {wanted}: train one with --config=configs/{example}.py")
-    if packed.is_packed(folder):
-        return open_packed(folder, experiment, step)
-    checkpoints = checkpoint.Checkpoints(folder)
-    read = lambda step: checkpoints.restore_ema(step, experiment.params_template())
-    checkpoints.step_or_last(step)  # says what there is
-    step, params = checkpoints.last(read) if step is None else (step, read(step))
-    model = Model(folder, experiment, params, step, checkpoint.identity(params))
-    print(f"{'classifier' if classifier else 'model'}: {model.name}")
-    return model
-
-
-def open_packed(folder: pathlib.Path, experiment: Experiment, step: int | None) -> Model:
-    """`open_model` of a packed model, which has one step."""
-    params, provenance = packed.load(folder, experiment.params_template())
-    model = Model(folder, experiment, params, provenance["step"], provenance["identity"])
+    folder, config = _folder_and_config(newest_run() if workdir is None else workdir, classifier=False)
+    if dataset is not None:
+        config.data.dataset = dataset
+    diffusion = build.diffusion_of(config)
+    template = jax.eval_shape(diffusion.init, jax.random.key(0))
+    if not packed.is_packed(folder):
+        model = Model(folder, config, diffusion, *_averaged(folder, template, step))
+        print(f"model: {model.name}")
+        return model
+    params, provenance = packed.load(folder, template)
+    model = Model(folder, config, diffusion, params, provenance["step"], provenance["identity"])
     if step not in (None, model.step):
         raise UserError(f"no checkpoint of step {step} in {folder}: a packed model has one, of step {model.step}")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(
-        f"model: {model.name}, trained here for the box on {experiment.config.data.dataset}, "
+        f"model: {model.name}, trained here for the box on {config.data.dataset}, "
         f"{size / 1e6:.2f} M parameters; {folder / 'card.md'} tells more"
     )
     return model
 
 
+def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifier:
+    """The classifier of a run folder, refused unless it was trained on the images and the SDE of `model`, if given."""
+    folder, config = _folder_and_config(workdir, classifier=True)
+    classifier = build.classifier_of(config)
+    template = jax.eval_shape(classifier.init, jax.random.key(0))
+    trained = TrainedClassifier(folder, config, classifier, *_averaged(folder, template, None))
+    print(f"classifier: {trained.name}")
+    if model is not None:
+        about = lambda value: (("sde", value.sde), ("image_shape", value.space.shape), ("data_range", value.space[3:]))
+        for (what, theirs), (_, ours) in zip(about(classifier), about(model.diffusion), strict=True):
+            if theirs != ours:
+                raise UserError(
+                    f"{workdir} and {model.workdir} do not fit: the classifier's {what} is {theirs}, the model's "
+                    f"{ours}: train one for the other"
+                )
+    return trained
+
+
+def _folder_and_config(workdir, *, classifier: bool) -> tuple[pathlib.Path, ConfigDict]:
+    """A run folder and its config, refused unless it is a classifier's, or a model's of images."""
+    folder = pathlib.Path(workdir)
+    if not folder.is_dir():
+        raise UserError(f"no such workdir {folder}: train first, python train.py --config=configs/digits.py")
+    config = read_config(folder)
+    if classifier != build.is_classifier(config):
+        held, wanted = ("a model of images", "a classifier") if classifier else ("a classifier", "a model of images")
+        example = "classifier/digits" if classifier else "digits"
+        raise UserError(f"{folder} holds {held}, not {wanted}: train one with --config=configs/{example}.py")
+    return folder, config
+
+
+def _averaged(folder: pathlib.Path, template, step: int | None) -> tuple[dict, int, str]:
+    """(averaged parameters, step, their identity) of a run's checkpoint: of `step`, or the last whole one."""
+    checkpoints = checkpoint.Checkpoints(folder)
+    read = lambda step: checkpoints.restore_ema(step, template)
+    checkpoints.step_or_last(step)  # says what there is
+    step, params = checkpoints.last(read) if step is None else (step, read(step))
+    return params, step, checkpoint.identity(params)
+
+
+def bent(
+    model: Model, guidance: Guidance, *, label: int | None = None, classifier: TrainedClassifier | None = None
+) -> Model:
+    """The model guided; its params are a pair if `classifier`, whose part in `guidance` this adds, guides it.
+
+    label: class of all samples; all classes by turns if None.
+    """
+    if classifier is not None:
+        guidance = guidance._replace(classifier=classifier.classifier)
+        model = model._replace(params=(model.params, classifier.params))
+    diffusion = guided(model.diffusion, guidance)
+    if label is None:
+        return model._replace(diffusion=diffusion)
+    if not diffusion.num_classes:
+        raise UserError(f"--label={label}: {model.name} has no classes: {OF_CLASSES}")
+    if label >= diffusion.num_classes:
+        raise UserError(f"--label={label}: the classes of {model.name} are 0 to {diffusion.num_classes - 1}")
+    return model._replace(diffusion=diffusion._replace(conditions=lambda index: jnp.full_like(index, label)))
+
+
 def history(model: Model) -> list[dict]:
     """How a model came about, as far as its folder tells: its config and training, then those of what it began as."""
     if packed.is_packed(model.workdir):
-        made = packed.load(model.workdir, model.experiment.params_template())[1]
+        made = packed.load(model.workdir, model.params)[1]
         log, before = made.get("training"), made.get("start", [])
     else:
         found = events.training(model.workdir / "tensorboard", model.step)
         log, before = found and found[0], read_start(model.workdir / START)
     about = dict(name=model.workdir.name, step=model.step, identity=model.identity, training=log)
-    return [about | dict(config=model.experiment.config.to_dict()), *before]
+    return [about | dict(config=model.config.to_dict()), *before]
 
 
 def read_start(path: pathlib.Path) -> list[dict]:
@@ -213,16 +268,3 @@ def read_start(path: pathlib.Path) -> list[dict]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} is no history of a model ({one_line(error)}): delete it") from None
     return before
-
-
-def open_classifier(workdir: str, model: Model) -> Model:
-    """The classifier of a run folder, refused unless it was trained on the images and the SDE of `model`."""
-    classifier = open_model(workdir, classifier=True)
-    theirs, ours = classifier.experiment, model.experiment
-    for what in ("sde", "image_shape", "data_range"):
-        if getattr(theirs, what) != getattr(ours, what):
-            raise UserError(
-                f"{workdir} and {model.workdir} do not fit: the classifier's {what} is {getattr(theirs, what)}, the "
-                f"model's {getattr(ours, what)}: train one for the other"
-            )
-    return classifier

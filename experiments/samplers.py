@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from ems.statistics import EMS
-from experiments.build import Experiment
 from experiments.config import fits
 from experiments.runs import Model
 from score_sde import parallel
+from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
+from score_sde.guidance import Guidance
+from score_sde.sde import SDE
 from solvers import SOLVERS, predictor_corrector, tableau
 from solvers.dpm_solver_v3 import published_options
 from solvers.tableau import Tableau
@@ -30,32 +32,29 @@ def sample_keys(seed: int, index, purpose: int | None = None):
     return keys if purpose is None else jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
 
 
-def prior(experiment: Experiment, keys):
+def prior(diffusion: Diffusion, keys):
     """Draws of the prior (B, H, W, C), one for each key."""
-    normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), experiment.image_shape))
-    return experiment.sde.prior_std * normal(keys)
+    normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), diffusion.space.shape))
+    return diffusion.sde.prior_std * normal(keys)
 
 
-def draws(experiment: Experiment, keys) -> Callable:
+def draws(diffusion: Diffusion, keys) -> Callable:
     """i -> the i-th standard normal draw (B, H, W, C) after the prior's, one for each key."""
     later = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    return predictor_corrector.noise_of_keys(later, experiment.image_shape)
+    return predictor_corrector.noise_of_keys(later, diffusion.space.shape)
 
 
-def sampler(model: Model, noise_of: Callable, seed: int, *, purpose: int | None = None) -> Callable:
+def sampler(diffusion: Diffusion, params, seed: int, *, purpose: int | None = None) -> Callable:
     """(table, indices (b,)) -> samples (b, H, W, C) over all devices, from the draws for this purpose.
 
-    noise_of: (params, *classes by turns (b,), if the network has any) -> NoiseFn.
     Tables of any length and history share a program; those with coefficients per pixel or with noise have their own.
     """
-    experiment = model.experiment
 
     def one_device(params, table, evaluations, index):
-        classes = (experiment.classes(index),) if experiment.num_classes else ()
-        keys, noise = sample_keys(seed, index, purpose), noise_of(params, *classes)
-        return tableau.solve(noise, table, prior(experiment, keys), draws(experiment, keys), evaluations)
+        keys, noise = sample_keys(seed, index, purpose), diffusion.noise_of(params, diffusion.conditions(index))
+        return tableau.solve(noise, table, prior(diffusion, keys), draws(diffusion, keys), evaluations)
 
-    on_devices, params = parallel.pmap(one_device, in_axes=(0, None, None, 0)), parallel.replicate(model.params)
+    on_devices, params = parallel.pmap(one_device, in_axes=(0, None, None, 0)), parallel.replicate(params)
 
     def sample(table, index):
         evaluations, shape = len(table.t), table.l.shape[1:]
@@ -101,6 +100,21 @@ def parse_options(texts: list[str]) -> dict:
     return options
 
 
+def guidance_of(scale: float | None = None, interval: str | None = None, threshold: str | None = None) -> Guidance:
+    """Guidance as flags give it; interval: "low,high"."""
+    if interval is None:
+        return Guidance(scale, None, threshold)
+    if scale is None:
+        raise UserError(f"--guidance_interval={interval} needs the scale within it: --guidance=2.0")
+    try:
+        low, high = (float(word) for word in interval.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not 0 <= low < high:
+        raise UserError(f"--guidance_interval={interval}: expected two rising times, as in 0.2,0.8")
+    return Guidance(scale, (low, high), threshold)
+
+
 def read_search(model: Model, path: str) -> tuple[str, int, dict]:
     """(solver, steps, options) of a file of `python -m tools.search`, refused unless it was made for this model."""
     try:
@@ -115,16 +129,16 @@ def read_search(model: Model, path: str) -> tuple[str, int, dict]:
     return solver, steps, options
 
 
-def published_for(model: Model, steps: int, ems: EMS, guidance_scale: float | None = None) -> dict:
+def published_for(sde: SDE, steps: int, ems: EMS, guidance_scale: float | None = None) -> dict:
     """The published options of DPM-Solver-v3 for this kind of model; guidance_scale: if it is not the EMS' own."""
     scale = ems.origin.get("guidance_scale") if guidance_scale is None else guidance_scale
-    return published_options(steps, model.experiment.sde, latent=ems.origin.get("latent", False), guidance_scale=scale)
+    return published_options(steps, sde, latent=ems.origin.get("latent", False), guidance_scale=scale)
 
 
 def build_tableau(
-    model: Model, solver: str, steps: int, ems: EMS | None, guidance_scale: float | None = None, /, **options
+    sde: SDE, solver: str, steps: int, ems: EMS | None = None, guidance_scale: float | None = None, /, **options
 ) -> tuple[Tableau, dict]:
-    """A solver's table for this model, and the options it was built with; misspelt options are refused by name.
+    """A solver's table under an SDE, and the options it was built with; misspelt options are refused by name.
 
     ems: of the model, for dpmv3; None for the others. Of dpmv3, options that are not given are those published for the
         kind of model; sampling ends at no smaller t than the EMS do.
@@ -139,7 +153,7 @@ def build_tableau(
         if parameters[name].annotation is bool and not isinstance(value, bool):
             raise UserError(f"option {name}={value} of solver {solver}: use True or False")
     if solver == "dpmv3":
-        published = published_for(model, steps, ems, guidance_scale)
+        published = published_for(sde, steps, ems, guidance_scale)
         options = published | dict(t_end=max(published["t_end"], float(ems.t[-1]))) | options
-        return build(model.experiment.sde, steps, ems=ems, **options), options
-    return build(model.experiment.sde, steps, **options), options
+        return build(sde, steps, ems=ems, **options), options
+    return build(sde, steps, **options), options

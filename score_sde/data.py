@@ -1,8 +1,8 @@
 """Images as a stream of batches that is a function of (seed, step) alone.
 
     images = sources.load("cifar10", "train", image_size=32, num_channels=3)
-    for step, batch in Stream(images, batch_size=128, seed=0).batches(start_step):     # uint8, resumes at any step
-        x = jax.vmap(partial(preprocess, random_flip=True, ...))(keys, batch["image"])  # float32, on the device
+    for step, batch in Stream(images, batch_size=128, seed=0).batches(start_step):  # uint8, resumes at any step
+        x = jax.vmap(space.encode)(keys, batch["image"])                            # float32, on the device
 
 The stream is NumPy index arithmetic instead of a data-loading library: one gather for a batch in memory is about ten
 times as fast as one call per image, and the step alone is the iterator's state.
@@ -15,51 +15,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from score_sde.errors import UserError
-
-# ---------------------------------------------------------------------------------------------------- model's range
-
-
-def to_data_range(unit, *, centered: bool):
-    """[0, 1] to the model's data range: [-1, 1] if centered."""
-    return 2.0 * unit - 1.0 if centered else unit
-
-
-def to_unit(x, *, centered: bool):
-    """The inverse of `to_data_range`."""
-    return (x + 1.0) / 2.0 if centered else x
-
-
-def preprocess(key, image, *, random_flip: bool, uniform_dequantization: bool, centered: bool):
-    """One image, uint8 (H, W, C), to float32 in the data range; vmap it over keys and a batch.
-
-    Levels x of 0..255 become x / 255, or (x + u) / 256 with u uniform in [0, 1), whose density bounds the likelihood
-    of the levels (Theis et al. 2016, eq. 3).
-    """
-    flip_key, dequantization_key = jax.random.split(key)
-    if random_flip:
-        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    level = image.astype(jnp.float32)
-    if uniform_dequantization:
-        unit = (level + jax.random.uniform(dequantization_key, image.shape)) / 256.0
-    else:
-        unit = level / 255.0
-    return to_data_range(unit, centered=centered)
-
-
-def to_uint8(x, *, centered: bool):
-    """Data range to levels by truncation, the rule behind published FIDs: floor(255 unit), clipped; same shape.
-
-    The tolerance of 1e-4 of a level is ours: without it, rounding takes one from 63 of the 256 levels in [-1, 1].
-    """
-    return jnp.clip(255.0 * to_unit(x, centered=centered) + 1e-4, 0.0, 255.0).astype(jnp.uint8)
-
-
-# ------------------------------------------------------------------------------------------------------- the stream
 
 
 class Images(NamedTuple):

@@ -7,14 +7,35 @@ eps is the prediction of z in x_t = alpha_t x_0 + sigma_t z; the score is -eps /
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from score_sde.sde import SDE, per_image
+from score_sde.space import Space
 
 NoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Diffusion(NamedTuple):
+    """A model without its config: what sampling, EMS, likelihood, search and evaluation ask of it.
+
+    A condition is a tree of arrays (B, ...): class labels, embeddings; None for a model that knows none.
+    """
+
+    sde: SDE
+    space: Space
+    init: Callable  # key -> params before training
+    noise_of: Callable  # (params, condition or None for "none", dropout keys (B,) or None) -> NoiseFn
+    null: Any = None  # the condition that says nothing, one example's; None: training never showed it
+    conditions: Callable = lambda index: None  # numbers of samples (B,) -> their conditions
+    num_classes: int = 0  # of a model conditioned on class labels (B,)
+
+
+def by_turns(num_classes: int) -> Callable:
+    """`Diffusion.conditions` of class labels: sample i has class i modulo num_classes."""
+    return lambda index: index % num_classes
 
 
 class Coefficients(NamedTuple):

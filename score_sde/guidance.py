@@ -1,17 +1,95 @@
 """What bends a model while sampling: each function takes NoiseFns, (x, t) -> eps, and returns one.
 
-They compose: guidance first, then a guidance interval, then thresholding, which sees what the solver would see.
+They compose: guidance first, then a guidance interval, then thresholding, which sees what the solver would see. A
+`Guidance` is the choice of them as a value; `guided` applies it to a whole Diffusion.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from score_sde.denoiser import NoiseFn
+from score_sde.denoiser import Diffusion, NoiseFn, by_turns
 from score_sde.errors import UserError
+from score_sde.losses import log_probability
 from score_sde.sde import SDE, per_image
+from score_sde.space import Space
+
+OF_CLASSES = "train a model that has, python train.py --config=configs/digits_conditional.py"
+
+
+class Classifier(NamedTuple):
+    """A classifier of noisy images without its config, as a Diffusion is a model without its own."""
+
+    sde: SDE
+    space: Space
+    init: Callable  # key -> params before training
+    logits_of: Callable  # params -> (x (B, H, W, C), t) -> logits (B, num_classes)
+    num_classes: int
+
+
+class Guidance(NamedTuple):
+    """How a model is bent while sampling; by default not at all."""
+
+    scale: float | None = None  # of classifier-free guidance, see `classifier_free`; of the classifier's gradient
+    interval: tuple[float, float] | None = None  # times outside which there is none, see `within`
+    threshold: str | None = None  # a key of THRESHOLDS: keeps data predictions in the data range
+    classifier: Classifier | None = None  # guides in the place of the model's own unconditional part
+
+    @property
+    def own_scale(self) -> float | None:
+        """The scale of classifier-free guidance; None where there is none, as 1 is the model itself."""
+        return None if self.classifier is not None or self.scale == 1 else self.scale
+
+
+def guided(diffusion: Diffusion, guidance: Guidance) -> Diffusion:
+    """The model bent by `guidance`; with a classifier its params are the pair (model's, classifier's).
+
+    A conditional model is guided by a classifier towards the classes that condition it. UserError where the model or
+    the classifier cannot do it.
+    """
+    scale, interval, threshold, classifier = guidance
+    if scale is not None and not np.isfinite(scale):
+        raise UserError(f"guidance {scale:g}: expected a number, as in --guidance=2.0")
+    if threshold is not None:
+        if threshold not in THRESHOLDS:
+            raise UserError(f"unknown threshold {threshold!r}: use one of {', '.join(THRESHOLDS)}")
+        check_range(diffusion.space.low, diffusion.space.high)
+    if scale is not None and classifier is None and not diffusion.num_classes and diffusion.null is None:
+        raise UserError(f"guidance {scale:g}: this model has no classes: {OF_CLASSES}")
+    if guidance.own_scale is not None and diffusion.null is None:
+        raise UserError(
+            f"guidance {scale:g}: this model never saw a hidden label, so it has no unconditional part: "
+            "train with --config.training.label_dropout=0.1"
+        )
+    if classifier is not None and diffusion.num_classes not in (0, classifier.num_classes):
+        raise UserError(
+            f"a classifier of {classifier.num_classes} classes cannot guide a model of {diffusion.num_classes}"
+        )
+
+    def noise_of(params, condition=None, keys=None) -> NoiseFn:
+        own = condition
+        if classifier is not None:
+            params, theirs = params
+            own = condition if diffusion.num_classes else None
+        plain = bent = diffusion.noise_of(params, own, keys)
+        if classifier is not None:
+            towards = log_probability(classifier.logits_of(theirs), condition)
+            bent = classifier_guidance(plain, diffusion.sde, towards, 1.0 if scale is None else scale)
+        elif guidance.own_scale is not None:
+            bent = classifier_free(lambda y: diffusion.noise_of(params, y), condition, diffusion.null, scale)
+        if interval is not None:
+            bent = within(plain, bent, *interval)
+        if threshold is not None:
+            bent = THRESHOLDS[threshold](bent, diffusion.sde, diffusion.space.low, diffusion.space.high)
+        return bent
+
+    classes = {}
+    if classifier is not None and not diffusion.num_classes:
+        classes = dict(num_classes=classifier.num_classes, conditions=by_turns(classifier.num_classes))
+    return diffusion._replace(noise_of=noise_of, **classes)
 
 
 def classifier_guidance(noise: NoiseFn, sde: SDE, log_probability: Callable, scale: float = 1.0) -> NoiseFn:
@@ -31,15 +109,15 @@ def classifier_guidance(noise: NoiseFn, sde: SDE, log_probability: Callable, sca
 def classifier_free(noise_of: Callable, y, null, scale: float) -> NoiseFn:
     """eps_null + scale (eps_y - eps_null), both from one call on twice the batch (Ho & Salimans 2022, eq. 6).
 
-    noise_of: conditions (N, ...) -> NoiseFn on N images.
-    y: (B, ...) conditions, class labels say; null: "no condition", broadcast to their shape.
+    noise_of: condition, a tree of (N, ...) -> NoiseFn on N images.
+    y: condition, a tree of (B, ...), class labels say; null: the same tree that says nothing, broadcast to its shapes.
     scale: in the convention of the DPM-Solver papers, one more than Ho & Salimans' w: 1 is the conditional model,
         evaluated alone; 0 the unconditional one.
     """
     if scale == 1:
         return noise_of(y)
-    y = jnp.asarray(y)
-    noise = noise_of(jnp.concatenate([y, jnp.broadcast_to(jnp.asarray(null, y.dtype), y.shape)]))
+    both = lambda own, none: jnp.concatenate([own, jnp.broadcast_to(jnp.asarray(none, own.dtype), own.shape)])
+    noise = noise_of(jax.tree.map(both, jax.tree.map(jnp.asarray, y), null))
 
     def guided(x, t):
         t = jnp.broadcast_to(t, x.shape[:1])
@@ -88,10 +166,7 @@ def dynamic_threshold(
 
 def _on_data_prediction(noise: NoiseFn, sde: SDE, low: float, high: float, threshold: Callable) -> NoiseFn:
     """The NoiseFn whose data prediction is `threshold` of that of `noise`, mapped from the data range to [-1, 1]."""
-    if not (np.isfinite([low, high]).all() and low < high):
-        raise UserError(
-            f"thresholding data in [{low}, {high}]: expected a bounded range, which latents do not have: leave it out"
-        )
+    check_range(low, high)
     middle, half = (low + high) / 2, (high - low) / 2
 
     def thresholded(x, t):
@@ -102,3 +177,14 @@ def _on_data_prediction(noise: NoiseFn, sde: SDE, low: float, high: float, thres
         return eps + half * alpha / sigma * (u - threshold(u))
 
     return thresholded
+
+
+def check_range(low: float, high: float):
+    """Refuse to threshold data that have no range."""
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise UserError(
+            f"thresholding data in [{low}, {high}]: expected a bounded range, which latents do not have: leave it out"
+        )
+
+
+THRESHOLDS = {"dynamic": dynamic_threshold, "static": static_threshold}

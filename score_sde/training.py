@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from score_sde import losses, parallel
-from score_sde.sde import SDE
+from score_sde.sde import SDE, per_image
 
 
 class State(NamedTuple):
@@ -71,13 +71,16 @@ def draw(key, index, shape, times: Callable) -> Draws:
     return jax.vmap(of_example)(index)
 
 
-def drop_labels(keys, y, *, rate: float, null: int):
-    """Class labels y (B,), each replaced by `null` with probability `rate`, drawn from its example's key (B,).
+def hide_conditions(keys, condition, *, rate: float, null):
+    """A condition, a tree of (B, ...), in which `null` takes the place of an example's with probability `rate`.
 
-    So that one network learns the conditional and the unconditional model (Ho & Salimans 2022, algorithm 1).
+    Drawn from each example's key (B,). One network so learns the conditional and the unconditional model (Ho &
+    Salimans 2022, algorithm 1).
     """
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 0), rate))(keys)
-    return jnp.where(dropped, jnp.asarray(null, y.dtype), y)
+    hidden = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 0), rate))(keys)
+    return jax.tree.map(
+        lambda own, none: jnp.where(per_image(hidden, own), jnp.asarray(none, own.dtype), own), condition, null
+    )
 
 
 def make_loss(
@@ -89,16 +92,16 @@ def make_loss(
     weight: Callable,
     reduce_mean: bool,
     label_dropout: float = 0.0,
-    null_label: int = 0,
+    null=None,
 ) -> Callable:
     """(params, batch, key, train) -> loss of each example (B,).
 
-    noise_of: (params, class labels (B,), dropout keys (B,) or None) -> NoiseFn.
+    noise_of: (params, condition, dropout keys (B,) or None) -> NoiseFn.
     preprocess: (key, uint8 image) -> float image in the model's data range.
     batch: {"image": (B, H, W, C) uint8, "index": (B,) place in the global batch}, and "label" (B,) if there are any.
     times: key -> t, the time of one example (`losses.TIMES`); weight: t (B,) -> (B,) (`losses.WEIGHTS`).
     reduce_mean: see `losses.denoising_score_matching`.
-    label_dropout: probability that training hides an example's label, as null_label.
+    label_dropout: probability that training hides an example's condition, by `null`.
     """
 
     def loss(params, batch, key, train: bool):
@@ -106,7 +109,7 @@ def make_loss(
         x0 = jax.vmap(preprocess)(draws.data, batch["image"])
         y = batch.get("label")
         if train and label_dropout:
-            y = drop_labels(draws.dropout, y, rate=label_dropout, null=null_label)
+            y = hide_conditions(draws.dropout, y, rate=label_dropout, null=null)
         noise = noise_of(params, y, draws.dropout if train else None)
         return losses.denoising_score_matching(
             noise, sde, x0, draws.t, draws.z, weight=weight(draws.t), reduce_mean=reduce_mean

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from score_sde import data, parallel
+from score_sde import parallel
 from score_sde.denoiser import NoiseFn, score_fn
 from score_sde.errors import UserError
 from score_sde.sde import SDE, per_image
+from score_sde.space import Space
 from solvers.predictor_corrector import reverse_diffusion
 
 MAX_STEPS = 4096  # accepted and rejected
@@ -98,14 +99,15 @@ def log_likelihood(
     return sde.prior_logp(z) + x[0].size * (growth + jnp.log(last / first)), z, run
 
 
-def bits_per_dim(logp, shape: tuple[int, ...], *, centered: bool, levels: int = 256):
+def bits_per_dim(logp, space: Space, *, levels: int = 256):
     """Bits per dimension of `levels` discrete levels whose dequantized images have the log density logp, in nats.
 
     A level is dx wide in the data range, so -log2 p(level) >= -log2 (p(x) dx^D) (Theis et al. 2016, eq. 3).
     """
-    unit = np.arange(2) / levels
-    low, high = data.to_data_range(unit, centered=centered)
-    return -logp / (np.prod(shape) * np.log(2)) - np.log2(high - low)
+    width = (space.high - space.low) / levels
+    if not np.isfinite(width):
+        raise UserError("bits/dim are those of pixels: latents have no levels")
+    return -logp / (np.prod(space.shape) * np.log(2)) - np.log2(width)
 
 
 def rademacher(key, n: int, shape) -> jax.Array:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from experiments import runs
-from experiments.build import build
+from experiments import build, runs
 from score_sde import checkpoint, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -122,9 +121,9 @@ def torment(
 
 def restored(workdir: pathlib.Path, step: int) -> list[np.ndarray]:
     """Every array of a checkpoint, as a run reads it."""
-    experiment = build(runs.read_config(workdir))
-    optimizer = training.make_optimizer(**experiment.config.optim)
-    template = jax.eval_shape(lambda params: training.init_state(params, optimizer), experiment.params_template())
+    config = runs.read_config(workdir)
+    optimizer, init = training.make_optimizer(**config.optim), build.trainable(config).init
+    template = jax.eval_shape(lambda key: training.init_state(init(key), optimizer), jax.random.key(0))
     return jax.tree.leaves(checkpoint.Checkpoints(workdir).restore(step, template)[0])
 
 

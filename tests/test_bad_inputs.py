@@ -19,8 +19,8 @@ from absl import flags
 from PIL import Image
 
 from ems import estimate, moments, statistics
-from experiments import runs
-from experiments.build import build
+from experiments import build, runs
+from experiments.program import shared_flags
 from score_sde import checkpoint, files, training
 
 PROGRAMS = {
@@ -67,9 +67,8 @@ CONFIGS = {
 def make_run(folder: pathlib.Path, config: str, seed: int = 0):
     """The config and the state of a run of eight steps that never trained."""
     config = runpy.run_path(folder / config)["get_config"]()
-    experiment = build(config)
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), experiment.params_template())
+    rng, template = np.random.default_rng(seed), jax.eval_shape(build.trainable(config).init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), template)
     state = training.init_state(params, training.make_optimizer(**config.optim))
     return config, jax.tree.map(np.asarray, state._replace(step=np.int32(8)))
 
@@ -85,10 +84,10 @@ def write_run(workdir: pathlib.Path, config, state) -> pathlib.Path:
 def write_ems(folder: pathlib.Path, workdir: pathlib.Path):
     """A file that fits the run, and what may be wrong with such a file; moments likewise."""
     model = runs.open_model(str(workdir))
-    node = estimate.nodes(model.experiment.sde, 22)
-    shape = (23, *model.experiment.image_shape)
+    node = estimate.nodes(model.diffusion.sde, 22)
+    shape = (23, *model.diffusion.space.shape)
     origin = dict(
-        checkpoint=model.identity, step=8, sde=statistics.describe_sde(model.experiment.sde), t_end=float(node.t[-1]),
+        checkpoint=model.identity, step=8, sde=statistics.describe_sde(model.diffusion.sde), t_end=float(node.t[-1]),
         data="digits", num_data=16, images=[[0, 16]], nodes=22, seed=0, guidance_scale=None,
     )  # fmt: skip
     ems = statistics.EMS(node.t, node.lam, np.zeros(shape), np.zeros(shape), np.ones(shape), origin)
@@ -110,7 +109,7 @@ def write_ems(folder: pathlib.Path, workdir: pathlib.Path):
     for key, value in changed.items():
         statistics.save(folder / "ems" / f"{key}.npz", value)
     np.savez(folder / "ems" / "words.npz", **ems._asdict() | dict(l=np.full(shape, "a"), origin=json.dumps(origin)))
-    blocks = moments.Moments.zeros((moments.BLOCKS, 23), model.experiment.image_shape)
+    blocks = moments.Moments.zeros((moments.BLOCKS, 23), model.diffusion.space.shape)
     for key, part in (("one", origin), ("two", origin | {"images": [[8, 24]]}), ("seed", origin | {"data": "other"})):
         moments.save(folder / "ems" / f"{key}.moments", moments.Saved(node.t, node.lam, blocks, part))
     published = folder / "ems" / "published"
@@ -414,7 +413,7 @@ BAD = {
     "label without classes": (SAMPLE + "--label=3", "--label=3", "no classes", "digits_conditional"),
     "label above the classes": ("sample --workdir=runs/by_class --label=10 --solver=dpmpp", "--label=10", "0 to 9"),
     "negative label": ("sample --workdir=runs/by_class --label=-1 --solver=dpmpp", "label", "-1"),
-    "guidance without classes": (SAMPLE + "--guidance=2", "--guidance=2", "no classes"),
+    "guidance without classes": (SAMPLE + "--guidance=2", "guidance 2", "no classes"),
     "guidance that is no number": ("sample --workdir=runs/by_class --guidance=nan --solver=dpmpp", "guidance", "nan"),
     "interval without guidance": (SAMPLE + "--guidance_interval=0.2,0.8", "--guidance_interval", "--guidance=2.0"),
     "interval of one": (
@@ -547,6 +546,7 @@ BAD = {
 @contextlib.contextmanager
 def as_its_own_process(*arguments):
     """Flags of a program alone, though this process has others; settings that a program makes are undone."""
+    shared_flags()  # which stay, as those of absl do
     given = flags.FLAGS
     modules = {name: given.find_module_defining_flag(name) for name in given}
     of_programs = [name for name, module in modules.items() if name == "config" or module in PROGRAMS.values()]
@@ -615,7 +615,7 @@ def test_training_stops_before_numbers_that_are_not_finite_or_skips_them(folder,
     for words in ("error: ", "not finite at step 1, batch 1", "digits (train)", "non_finite=skip"):
         assert words in line
     saved = checkpoint.Checkpoints(folder / "runs" / "diverged")
-    template = build(runpy.run_path("tiny.py")["get_config"]()).params_template()
+    template = jax.eval_shape(build.trainable(runpy.run_path("tiny.py")["get_config"]()).init, jax.random.key(0))
     assert saved.steps() == [1]
     kept = saved.restore_ema(1, template)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))

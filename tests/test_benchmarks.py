@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from experiments import measuring, runs
-from experiments.build import Experiment
 
 SEEDS, SAMPLES, STEPS = 2, 32, [5, 10]
 
@@ -19,7 +18,9 @@ def run_studies(folder) -> dict:
     from configs import digits
     from ems import statistics
     from score_sde import sde
+    from score_sde.denoiser import Diffusion
     from score_sde.metrics import features, resnet
+    from score_sde.space import pixels
     from tests.mixture import Mixture
 
     study.FOLDER = runs.RUNS = folder
@@ -43,8 +44,8 @@ def run_studies(folder) -> dict:
         config.ems.batch_size = 16
         config.eval.fine_steps = 200
     vp = sde.VP(t_min=0.02)
-    exact = Experiment(config, vp, None, lambda params, y=None: mixture.noise_fn(vp))
-    model = runs.Model(folder / "vp", exact, {"none": jnp.zeros(1)}, 0, "mixture")
+    exact = Diffusion(vp, pixels(shape), None, lambda params, y=None, keys=None: mixture.noise_fn(vp))
+    model = runs.Model(folder / "vp", config, exact, {"none": jnp.zeros(1)}, 0, "mixture")
     ems = statistics.load(measuring.measure(model, nodes=132, num_data=64, batch_size=16))
     compared = few_steps.compared(model, ems, network, STEPS, SAMPLES)
     compared["seconds"] = few_steps.timed(model, ems, 1)

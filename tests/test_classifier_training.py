@@ -88,20 +88,20 @@ import json, sys
 import numpy as np
 from absl import flags
 import sample
-from experiments import program
+from experiments import drawing, program
 from score_sde.errors import UserError
-lines, tabled = {}, sample.tabled
+lines, tabled = {}, drawing.tabled
 
-def failing(*arguments):
-    draw, *rest = tabled(*arguments)
-    def fails_late(params, index, bar):
-        sample.refuse_not_finite(np.where(index == 4, np.nan, 0.0)[:, None, None, None], index, "evaluation 5", 0.1)
-        return draw(params, index, bar)
-    return fails_late, *rest
+def failing(*arguments, **options):
+    method = tabled(*arguments, **options)
+    def fails_late(index, advance):
+        drawing.refuse_not_finite(np.where(index == 4, np.nan, 0.0)[:, None, None, None], index, "evaluation 5", 0.1)
+        return method.draw(index, advance)
+    return method._replace(draw=fails_late)
 
 for name, arguments in json.loads(sys.argv[1]).items():
     flags.FLAGS.unparse_flags()
-    sample.tabled = failing if name == "second batch" else tabled
+    drawing.tabled = failing if name == "second batch" else tabled
     try:
         program._parse(["sample.py", f"--name={name}", *arguments])
         sample.main()

@@ -11,8 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from experiments import runs
-from experiments.build import Experiment, build
+from experiments import build, runs
 from experiments.config import check_fields, flat
 from score_sde.errors import UserError
 from tests.reference import cases, needs_reference
@@ -511,16 +510,12 @@ TEMPLATES = {}
 def test_builds(name, monkeypatch):
     """Its SDE and network exist and fit its images, and its docstring counts the parameters right."""
     config = load(name).get_config()
-    trace = Experiment.params_template
-
-    def traced_once(self):
-        key = (self.config.model.to_json(), self.image_shape)
-        if key not in TEMPLATES:
-            TEMPLATES[key] = trace(self)
-        return TEMPLATES[key]
-
-    monkeypatch.setattr(Experiment, "params_template", traced_once)
-    params = build(config).params_template()
+    checked, key = build._checked_init, (config.model.to_json(), build.space_of(config).shape)
+    if key not in TEMPLATES:
+        TEMPLATES[key] = jax.eval_shape(checked(config, build.network_of(config), key[1]), jax.random.key(0))
+    monkeypatch.setattr(build, "_checked_init", lambda *_: lambda key: None)
+    build.trainable(config)
+    params = TEMPLATES[key]
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     stated = re.search(r"([\d.]+) M parameters", load(name).__doc__)[1]
     assert stated == f"{millions:.{len(stated.partition('.')[2])}f}"

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from score_sde import sources
-from score_sde.data import Images, Stream, permutation, preprocess, to_data_range, to_uint8, to_unit
+from score_sde import sources, space
+from score_sde.data import Images, Stream, permutation
 from score_sde.errors import UserError
 from score_sde.sources import load
+from score_sde.space import randomly_flipped, to_data_range, to_uint8, to_unit
 
 RNG = np.random.default_rng(0)
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
@@ -130,12 +131,11 @@ def test_bad_batch_sizes(batch_size, process_count, message):
 # ---------------------------------------------------------------------------------------------------- model's range
 
 
-def many(image, count, **options):
-    """`preprocess` of one image under many keys."""
-    options = {"random_flip": False, "uniform_dequantization": False, "centered": False} | options
-    return np.asarray(
-        jax.vmap(functools.partial(preprocess, image=image, **options))(jax.random.split(jax.random.key(0), count))
-    )
+def many(image, count, *, flip=False, centered=False, dequantize=False):
+    """One image, encoded under many keys."""
+    encode = space.pixels(image.shape, centered=centered, dequantize=dequantize).encode
+    one = lambda key: encode(key, randomly_flipped(key, image) if flip else image)
+    return np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), count)))
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -165,14 +165,14 @@ def test_ranges(centered):
 
 def test_flip_mirrors_width_with_probability_one_half():
     image = np.broadcast_to(np.arange(3, dtype=np.uint8)[None, :, None], (2, 3, 1))
-    x = np.round(255 * many(image, 4000, random_flip=True)).astype(np.uint8)
+    x = np.round(255 * many(image, 4000, flip=True)).astype(np.uint8)
     flipped = (x == image[:, ::-1]).all((1, 2, 3))
     assert (flipped | (x == image).all((1, 2, 3))).all()
     assert abs(flipped.mean() - 0.5) < 0.04  # five standard deviations
 
 
 def test_dequantization_is_uniform_within_its_level():
-    x = 256 * many(LEVELS, 2000, uniform_dequantization=True).astype(np.float64)
+    x = 256 * many(LEVELS, 2000, dequantize=True).astype(np.float64)
     u = x - LEVELS
     assert u.min() >= 0 and u.max() <= 1
     assert abs(u.mean() - 1 / 2) < 0.003 and abs(u.var() - 1 / 12) < 0.001  # five standard deviations

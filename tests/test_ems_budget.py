@@ -11,10 +11,10 @@ import pytest
 
 from configs import digits, digits_conditional
 from ems import estimate, moments, statistics
-from experiments import measuring, runs, samplers
-from experiments.build import build
+from experiments import build, measuring, runs, samplers
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
+from score_sde.guidance import Guidance
 from solvers import dpm_solver_v3, tableau
 from tests.mixture import Mixture
 from tests.test_ems import accumulator, gaussian_noise
@@ -226,10 +226,11 @@ def small(config):
 
 @functools.cache
 def model_of(folder, conditional: bool = False) -> runs.Model:
-    experiment = build(small((digits_conditional if conditional else digits).get_config()))
-    rng = np.random.default_rng(0)  # parameters before training make a network that is zero
-    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), experiment.init_params(0))
-    return runs.Model(folder, experiment, params, 8, "c0ffee")
+    config = small((digits_conditional if conditional else digits).get_config())
+    diffusion, rng = build.diffusion_of(config), np.random.default_rng(0)
+    drawn = diffusion.init(jax.random.key(0))  # which make a network that is zero
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), drawn)
+    return runs.Model(folder, config, diffusion, params, 8, "c0ffee")
 
 
 @pytest.fixture(scope="module")
@@ -264,15 +265,15 @@ def test_two_machines_and_one_write_the_same_statistics(model, capsys):
 
 def test_statistics_on_own_samples_and_on_latents(model, tmp_path):
     """Own samples are what DPM-Solver++ draws; given as latents, x0 as it is, they give the same statistics."""
-    source = measuring.own_samples(model, model.experiment.noise_of, 0)
-    (x0,) = source.take(np.arange(8))
+    source = measuring.own_samples(model.diffusion, model.params, 0)
+    x0, _ = source.take(np.arange(8))
     sampled = measuring.measure(model, nodes=12, num_data=8, batch_size=8, source="samples")
     assert statistics.load_origin(sampled)["data"] == "own samples"
     np.savez(tmp_path / "made.npz", latents=x0)
     given = measuring.measure(model, nodes=12, num_data=8, batch_size=8, source=str(tmp_path / "made.npz"))
     np.testing.assert_allclose(statistics.load(given).l, statistics.load(sampled).l, atol=1e-6)
     assert statistics.load_origin(given)["latent"]
-    options = samplers.build_tableau(model, "dpmv3", 7, statistics.load(given))[1]
+    options = samplers.build_tableau(model.diffusion.sde, "dpmv3", 7, statistics.load(given))[1]
     assert (options["grid"], options["corrector_pseudo"]) == ("time", True)
 
 
@@ -288,19 +289,19 @@ def test_statistics_on_own_samples_and_on_latents(model, tmp_path):
 def test_other_files_than_latents_are_refused(model, arrays, words, tmp_path):
     np.savez(tmp_path / "made.npz", **arrays)
     with pytest.raises(UserError, match=words):
-        measuring.latents(model.experiment, str(tmp_path / "made.npz"))
+        measuring.latents(model.diffusion, str(tmp_path / "made.npz"))
 
 
 def test_guided_statistics_belong_to_their_scale(tmp_path):
     """Measured on guided noise: another l than without; each is found by its scale and refused for others."""
     model = model_of(tmp_path, conditional=True)
-    guided = measuring.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=3.0)
-    plain = measuring.measure(model, nodes=12, num_data=8, batch_size=8, guidance_scale=1.0)
+    guided = measuring.measure(model, nodes=12, num_data=8, batch_size=8, guidance=Guidance(3.0))
+    plain = measuring.measure(model, nodes=12, num_data=8, batch_size=8, guidance=Guidance(1.0))
     assert measuring.find(model, 3.0) == guided
     assert measuring.find(model) == plain
     assert measuring.find(model, 2.0) is None
     assert np.abs(statistics.load(guided).l - statistics.load(plain).l).max() > 1e-3
-    _, options = samplers.build_tableau(model, "dpmv3", 10, measuring.load(model, guided, 3.0))
+    _, options = samplers.build_tableau(model.diffusion.sde, "dpmv3", 10, measuring.load(model, guided, 3.0))
     assert (options["order"], options["corrector_pseudo"], options["grid"]) == (2, True, "time")
     with pytest.raises(UserError, match="was measured with guidance 3, sampling is without guidance"):
         measuring.load(model, guided)
@@ -310,9 +311,9 @@ def test_guided_statistics_belong_to_their_scale(tmp_path):
 
 def made_up(model, path, *, sde=None, shape=None, **origin):
     """An EMS file that belongs to `model` but for the changes."""
-    sde = sde or model.experiment.sde
+    sde = sde or model.diffusion.sde
     node = estimate.nodes(sde, 12)
-    values = np.ones((3, 13, *(shape or model.experiment.image_shape)))
+    values = np.ones((3, 13, *(shape or model.diffusion.space.shape)))
     own = origin_of(
         0, 8, checkpoint=model.identity, step=8, nodes=12, sde=statistics.describe_sde(sde), t_end=sde.t_min
     )
@@ -339,7 +340,9 @@ def test_statistics_that_do_not_belong_are_refused(model, changes, words, tmp_pa
 
 def test_longer_statistics_serve_a_shorter_range_and_the_published_end(model, tmp_path):
     """Above 10 evaluations a tenth of t_min is published: taken if the EMS reach that far, else where they end."""
-    end = lambda ems, steps, **options: samplers.build_tableau(model, "dpmv3", steps, ems, **options)[1]["t_end"]
+    end = lambda ems, steps, **options: samplers.build_tableau(model.diffusion.sde, "dpmv3", steps, ems, **options)[1][
+        "t_end"
+    ]
     short = measuring.load(model, made_up(model, tmp_path / "short.npz"))
     longer = measuring.load(model, made_up(model, tmp_path / "long.npz", sde=sde_lib.VP(t_min=1e-4)))
     assert [end(short, steps) for steps in (10, 12)] == [1e-3, 1e-3]
@@ -349,14 +352,14 @@ def test_longer_statistics_serve_a_shorter_range_and_the_published_end(model, tm
 
 
 def test_data_that_cannot_be_read_proposes_own_samples(model):
-    with model.experiment.config.unlocked():
-        model.experiment.config.data.dataset, kept = "no/where.npz", model.experiment.config.data.dataset
+    with model.config.unlocked():
+        model.config.data.dataset, kept = "no/where.npz", model.config.data.dataset
     try:
         with pytest.raises(UserError, match=r"no/where.npz.*--data=samples"):
             measuring.measure(model, nodes=12, num_data=8, batch_size=8)
     finally:
-        with model.experiment.config.unlocked():
-            model.experiment.config.data.dataset = kept
+        with model.config.unlocked():
+            model.config.data.dataset = kept
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ FLAX = serialization.msgpack_serialize({"params_ema": TREE, "optimizer": {"targe
 SEARCH = dict(solver="deis", steps=4, options={"order": 2, "grid": [1.0, 0.5, 0.001]}, checkpoint="abc")
 CONFIG = digits.get_config().to_dict()
 NETWORK = types.SimpleNamespace(name="fuzzed", dimension=4, identity=lambda: {"network": "fuzzed"})
-MODEL = types.SimpleNamespace(identity="abc", num_classes=0, image_shape=(8, 8, 1))
+MODEL = types.SimpleNamespace(identity="abc", num_classes=0, space=types.SimpleNamespace(shape=(8, 8, 1)))
 
 
 def weights() -> bytes:

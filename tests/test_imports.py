@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Each imports itself and those before it; the programs are everything else at the root, and tools/.
 ORDER = ("score_sde", "ems", "solvers", "experiments", "programs")
 DOOR = "ems.__main__"  # the one that opens upward
+SHARED = "experiments.program"  # the one place of the flags that every program has, read by mains through it
 ASIDE = ("benchmarks", "tests", "docs")  # they import anything, and nothing of ORDER imports them
 
 
@@ -49,21 +50,37 @@ def wrong(modules: dict[str, str]) -> list[str]:
             continue
         for other in imported:
             theirs = folder(other, modules)
-            if theirs in ASIDE or (theirs == "configs" and ours not in ("configs", "experiments", "programs")):
+            if theirs in ASIDE or (theirs == "configs" and ours not in ("configs", "experiments")):
                 found.append(f"{name} imports {other}")
             if ours == "configs" and theirs not in ("configs", None):
                 found.append(f"{name} imports {other}")
             upward = ours in ORDER and theirs in ORDER and ORDER.index(theirs) > ORDER.index(ours)
             if upward and not (name == DOOR and theirs == "experiments"):
                 found.append(f"{name} imports {other}, which stands above it")
-            told = re.match(r"absl(\.|$)|ml_collections", other)
-            if told and ours in ORDER[:3] and name != DOOR:
-                found.append(f"{name} imports {other}: flags and configs end in experiments/")
+            if re.match(r"absl\.flags|absl\.app", other) and ours in ORDER[:4] and name not in (DOOR, SHARED):
+                found.append(f"{name} imports {other}: flags are the programs'")
+            if other.startswith("ml_collections") and ours not in ("configs", "experiments"):
+                found.append(f"{name} imports {other}: configs end in experiments/")
             if ours == "solvers" and theirs == "ems" and name != "solvers.dpm_solver_v3":
                 found.append(f"{name} imports {other}: of the solvers, DPM-Solver-v3 alone knows EMS")
+        found += [f"{name} reads a flag below main: {line}" for line in below_main(modules[name])]
     # of `from package import module` the package itself is no edge inside it
     within = lambda name, other: f"{name}.".startswith(f"{other}.")
     return found + circles({n: [o for o in graph[n] if o in modules and not within(n, o)] for n in modules})
+
+
+def below_main(source: str) -> list[str]:
+    """Where a module's flag, `X = ...DEFINE_...` or `X = ...config_flag()`, is named in another function than main."""
+    tree, flags = ast.parse(source), set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            called = ast.unparse(node.value.func)
+            if ".DEFINE_" in called or called.endswith("config_flag"):
+                flags |= {target.id for target in node.targets}
+    others = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == "main")]
+    inner = [node for other in others for node in ast.walk(other)]
+    reads = [node for node in inner if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    return [f"{node.id} in line {node.lineno}" for node in reads if node.id in flags]
 
 
 def circles(graph: dict[str, list[str]]) -> list[str]:
@@ -83,6 +100,9 @@ def circles(graph: dict[str, list[str]]) -> list[str]:
     return found
 
 
+FLAG = "from absl import flags\nX = flags.DEFINE_bool('x', False, '')\n"
+
+
 def test_imports_run_one_way():
     assert wrong(sources()) == []
 
@@ -96,8 +116,11 @@ def test_imports_run_one_way():
         ("solvers.bad", "from ems.statistics import EMS", "solvers.bad imports ems.statistics: of the solvers"),
         ("experiments.bad", "import sample", "experiments.bad imports sample, which stands above it"),
         ("experiments.bad", "from tools import pack", "experiments.bad imports tools, which stands above it"),
-        ("solvers.bad", "from absl import flags", "solvers.bad imports absl: flags and configs end"),
-        ("ems.bad", "from ml_collections import ConfigDict", "ems.bad imports ml_collections: flags and configs end"),
+        ("solvers.bad", "from absl import flags", "solvers.bad imports absl.flags: flags are the programs'"),
+        ("experiments.bad", "from absl import flags", "experiments.bad imports absl.flags: flags are the programs'"),
+        ("ems.bad", "from ml_collections import ConfigDict", "ems.bad imports ml_collections: configs end"),
+        ("tools.bad", "from configs import base", "tools.bad imports configs"),
+        ("tools.bad", FLAG + "def f():\n    return X.value", "tools.bad reads a flag below main: X in line 4"),
         ("score_sde.bad", "from configs import base", "score_sde.bad imports configs"),
         ("configs.bad", "from score_sde import sde", "configs.bad imports score_sde"),
         ("experiments.bad", "from tests import programs", "experiments.bad imports tests"),

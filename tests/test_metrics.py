@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import digits
-from experiments import runs
-from experiments.build import build
+from experiments import build, runs
 from score_sde import checkpoint, sources, training
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, resnet
@@ -348,9 +347,9 @@ def run_and_network(tmp_path_factory):
         config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
     workdir = folder / "run"
     runs.claim_workdir(workdir, config)
-    experiment = build(config)
+    init = build.diffusion_of(config).init
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
-    checkpoints.save(training.init_state(experiment.init_params(0), training.make_optimizer(**config.optim)), {})
+    checkpoints.save(training.init_state(init(jax.random.key(0)), training.make_optimizer(**config.optim)), {})
     checkpoints.wait()
     return folder
 

@@ -12,8 +12,7 @@ import pytest
 
 from configs import digits
 from ems import statistics
-from experiments import packed, runs
-from experiments.build import build
+from experiments import build, packed, runs
 from score_sde import checkpoint, training
 from score_sde.errors import UserError
 from tests.programs import ROOT, ok
@@ -45,10 +44,10 @@ def write_run(workdir, dataset, change=lambda params: params) -> dict:
         config.ems.update(nodes=22, num_data=16, batch_size=8)
         config.sampling.update(num_samples=4, batch_size=4)
     runs.claim_workdir(workdir, config)
-    experiment = build(config)
+    init = build.diffusion_of(config).init
     random = np.random.default_rng(0)
     noisy = lambda leaf: np.asarray(leaf) + 0.01 * random.normal(size=leaf.shape).astype(np.float32)
-    params = change(jax.tree.map(noisy, experiment.init_params(0)))
+    params = change(jax.tree.map(noisy, init(jax.random.key(0))))
     state = training.init_state(params, training.make_optimizer(**config.optim))
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
     checkpoints.save(jax.tree.map(np.asarray, state._replace(step=np.int32(5))), {})

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from score_sde import data, sources
 from score_sde import sde as sde_lib
+from score_sde import sources
 from score_sde.errors import UserError
+from score_sde.space import pixels
 from solvers import probability_flow as ode
 from tests import reference
 from tests.mixture import Mixture
@@ -65,7 +66,7 @@ def test_published_likelihoods(case):
         logp, z, _ = ode.log_likelihood(
             Mixture.reference().noise_fn(sde), sde, x, probes, t_min=info["eps"], **tolerances
         )
-        return ode.bits_per_dim(logp, x.shape[1:], centered=True), z
+        return ode.bits_per_dim(logp, pixels(x.shape[1:])), z
 
     ours, z = bpd(probe)
     np.testing.assert_allclose(ours, stored[f"{case}/bpd"], atol=3e-4)
@@ -168,11 +169,12 @@ def test_more_probes_estimate_better():
 @pytest.mark.parametrize("levels", [256, 32, 65536])
 def test_the_uniform_density_takes_all_bits(centered, levels):
     """Over the data range, images of any depth take log2(levels) bits a dimension; the published offset is 7."""
-    low, high = data.to_data_range(np.array([0.0, 1.0]), centered=centered)
-    shape = (4, 4, 3)
-    logp = -np.prod(shape) * np.log(high - low)
-    np.testing.assert_allclose(ode.bits_per_dim(logp, shape, centered=centered, levels=levels), np.log2(levels))
-    np.testing.assert_allclose(ode.bits_per_dim(0.0, shape, centered=True), 7)
+    space = pixels((4, 4, 3), centered=centered)
+    logp = -np.prod(space.shape) * np.log(space.high - space.low)
+    np.testing.assert_allclose(ode.bits_per_dim(logp, space, levels=levels), np.log2(levels))
+    np.testing.assert_allclose(ode.bits_per_dim(0.0, pixels(space.shape)), 7)
+    with pytest.raises(UserError, match="latents"):
+        ode.bits_per_dim(0.0, space._replace(low=-np.inf, high=np.inf))
 
 
 def test_interpolation_follows_the_great_circle():
@@ -219,6 +221,7 @@ def test_a_field_that_cannot_be_followed_ends(monkeypatch):
 DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from score_sde import parallel
+from score_sde.space import pixels
 from score_sde.sde import VP
 from solvers import probability_flow as ode
 assert jax.device_count() == 2

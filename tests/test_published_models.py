@@ -640,9 +640,11 @@ def test_averages_that_do_not_belong_are_refused(tmp_path):
 def test_the_configs_that_fit_a_file_are_found():
     """By every name and shape; these parameters do not tell VP from sub-VP, nor the discrete from the continuous."""
     config = cifar10_ddpmpp_continuous.get_config()
-    experiment = builder.build(config)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), experiment.params_template())
-    state = to_torch(params, experiment.network, experiment.image_shape)
+    diffusion = builder.diffusion_of(config)
+    params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(diffusion.init, jax.random.key(0))
+    )
+    state = to_torch(params, builder.network_of(config), diffusion.space.shape)
     assert fitting_configs(from_torch, state) == [
         "configs/subvp/cifar10_ddpmpp_continuous.py",
         "configs/vp/cifar10_ddpmpp.py",

@@ -6,13 +6,13 @@ import struct
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
 
 from configs import digits
-from experiments import events, report, runs
-from experiments.build import build
+from experiments import build, events, report, runs
 from score_sde import checkpoint, training
 from score_sde.errors import UserError
 from tests.programs import ROOT, ok
@@ -170,10 +170,10 @@ def untrained_run(workdir, dataset: str, steps) -> None:
         config.data.dataset = dataset
         config.sampling.update(batch_size=4)
     runs.claim_workdir(workdir, config)
-    experiment = build(config)
+    init = build.diffusion_of(config).init
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
     for step in steps:
-        state = training.init_state(experiment.init_params(step), training.make_optimizer(**config.optim))
+        state = training.init_state(init(jax.random.key(step)), training.make_optimizer(**config.optim))
         checkpoints.save(state._replace(step=np.int32(step)), {})
     checkpoints.wait()
 

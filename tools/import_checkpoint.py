@@ -7,7 +7,6 @@ CHECKPOINT is a file of the official code: PyTorch (.pth with model, EMA shadow 
 read, never executed. The averaged parameters become both parameters and EMA of the run; --raw takes the others.
 """
 
-import importlib
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -15,13 +14,10 @@ from collections.abc import Callable
 import numpy as np
 from absl import flags
 
-import configs
-from configs import base, models
-from experiments import program, runs
-from experiments.build import build, build_network, image_shape
+from experiments import build, program, runs
+from experiments.config import packaged
 from score_sde import checkpoint, files, foreign, training
 from score_sde.errors import UserError
-from score_sde.models.classifier import CLASSIFIERS
 from score_sde.models.published import from_flax, from_torch, to_torch
 
 CONFIG = program.config_flag()
@@ -32,77 +28,74 @@ EXPORT = flags.DEFINE_string("export", None, "Write a run's averaged parameters 
 
 def main(arguments: list[str]):
     if EXPORT.value is not None:
-        export()
+        export(runs.open_model(WORKDIR.value), EXPORT.value)
     elif len(arguments) != 1 or WORKDIR.value is None:
         raise UserError("give one checkpoint file, --config=... and --workdir=...")
     else:
-        load(arguments[0])
+        config, name = program.config_of(CONFIG), program.config_file()
+        import_checkpoint(arguments[0], config, pathlib.Path(WORKDIR.value), raw=RAW.value, name=name)
 
 
-def load(file: str):
-    """Read, check every name and shape, and only then write the run folder."""
-    config = program.config_of(CONFIG)
-    experiment = build(config)
-    found = foreign.read_checkpoint(file)
-    params = found.model if RAW.value else found.ema
-    which = "parameters" if RAW.value else "averaged parameters (EMA)"
+def import_checkpoint(file: str, config, workdir: pathlib.Path, *, raw: bool = False, name: str = "the config"):
+    """Read a checkpoint, check every name and shape, and only then write the run folder.
+
+    raw: take the parameters themselves, not their averages; name: of the config, for messages.
+    """
+    network, shape = build.network_of(config), build.diffusion_of(config).space.shape
+    read = foreign.read_checkpoint(file)
+    params = read.model if raw else read.ema
+    which = "parameters" if raw else "averaged parameters (EMA)"
     if params is None:
-        other = "--raw takes the parameters" if found.model is not None else "it has neither"
+        other = "--raw takes the parameters" if read.model is not None else "it has neither"
         raise UserError(f"{file} holds no {which}: {other}")
-    convert = {"torch": from_torch, "flax": from_flax}[found.kind]
+    convert = {"torch": from_torch, "flax": from_flax}[read.kind]
     try:
-        params = convert(params, experiment.network, experiment.image_shape)
+        params = convert(params, network, shape)
     except UserError as error:
         print("the parameters do not fit this config; trying the others ...")
         fitting = fitting_configs(convert, params)
         advice = f"it fits {' and '.join(fitting)}" if fitting else "no config of configs/ has a network that it fits"
-        raise UserError(f"{file} does not fit {flags.FLAGS['config'].config_filename}: {error}; {advice}") from None
-    workdir = pathlib.Path(WORKDIR.value)
+        raise UserError(f"{file} does not fit {name}: {error}; {advice}") from None
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty: choose another --workdir")
     try:
         runs.claim_workdir(workdir, config)
         checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
         state = training.init_state(params, training.make_optimizer(**config.optim))
-        checkpoints.save(state._replace(step=np.int32(found.step or 0)), {"imported": str(file)})
+        checkpoints.save(state._replace(step=np.int32(read.step or 0)), {"imported": str(file)})
         checkpoints.wait()
     except BaseException:
         shutil.rmtree(workdir, ignore_errors=True)
         raise
-    print(f"{file}: {found.kind} checkpoint of step {found.step}, took the {which}")
+    print(f"{file}: {read.kind} checkpoint of step {read.step}, took the {which}")
     print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
 
 
 def fitting_configs(convert: Callable, params: dict) -> list[str]:
     """The files of configs/ whose network takes these parameters; the SDE is not told by them."""
-    folder, verdicts, fitting = pathlib.Path(configs.__file__).parent, {}, []
-    for path in sorted(folder.rglob("[!_]*.py")):
-        module = importlib.import_module(".".join(path.relative_to(folder.parent).with_suffix("").parts))
-        if module in (base, models):
+    verdicts, fitting = {}, []
+    for path, config in packaged():
+        if build.is_classifier(config):
             continue
-        config = module.get_config()
-        if config.model.name in CLASSIFIERS:
-            continue
-        shape = image_shape(config)
+        shape = build.space_of(config).shape
         key = (str(config.model), shape)
         if key not in verdicts:
-            network = build_network(config)
+            network = build.network_of(config)
             try:
                 convert(params, network, shape)
                 verdicts[key] = True
             except UserError:
                 verdicts[key] = False
         if verdicts[key]:
-            fitting.append(str(path.relative_to(folder.parent)))
+            fitting.append(path)
     return fitting
 
 
-def export():
-    """The averaged parameters of a run's last checkpoint, as arrays that PyTorch loads by name."""
-    model = runs.open_model(WORKDIR.value)
-    arrays = to_torch(model.params, model.experiment.network, model.experiment.image_shape)
-    files.save_npz(EXPORT.value, arrays)
-    print(f"wrote {len(arrays)} arrays to {EXPORT.value}; load them with load_state_dict(..., strict=False)")
+def export(model: runs.Model, path: str):
+    """Write a run's averaged parameters as arrays that PyTorch loads by name."""
+    arrays = to_torch(model.params, build.network_of(model.config), model.diffusion.space.shape)
+    files.save_npz(path, arrays)
+    print(f"wrote {len(arrays)} arrays to {path}; load them with load_state_dict(..., strict=False)")
 
 
 if __name__ == "__main__":

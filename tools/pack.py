@@ -10,20 +10,18 @@ and writes what is known into card.md; it needs the run no more:
     python -m tools.pack --workdir=pretrained/fashion_mnist
 """
 
-import importlib
 import json
 import pathlib
 
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from ems import statistics
 from ems.statistics import EMS
 from experiments import measuring, packed, program, runs
 from experiments import report as reports
-from experiments.config import flat
+from experiments.config import flat, packaged, portable
 from score_sde import files
 from score_sde.errors import UserError
 
@@ -38,21 +36,36 @@ HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to
 
 
 def main():
-    model = runs.open_model(WORKDIR.value, CHECKPOINT.value)
+    model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
+    folder = pack(model, NAME.value, EMS_FILE.value)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    print(f"wrote {folder}: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
+    if not (folder / "ems.npz").exists():
+        print(f"still to measure, then pack again: {measure_ems(folder)}")
+    report = reports.read(folder) or {}
+    for metric in [metric for metric in ("loss", "bpd", "fid") if metric not in report]:
+        print(f"still to measure, then pack again: {evaluation(folder, metric)}")
+
+
+def pack(model: runs.Model, name: str | None = None, ems_path: str | None = None) -> pathlib.Path:
+    """Write the folder of a packed model, which is returned, or renew the statistics and card of one.
+
+    name: under pretrained/, the run folder's if None; ems_path: the model's statistics, the best it has if None.
+    """
     if not packed.is_packed(model.workdir):
-        model = pack(model, runs.PRETRAINED / (NAME.value or model.workdir.name))
-    elif NAME.value not in (None, model.workdir.name):
-        raise UserError(f"{model.workdir} is packed already: leave out --name={NAME.value}, or copy the folder")
+        model = packed_parameters(model, runs.PRETRAINED / (name or model.workdir.name))
+    elif name not in (None, model.workdir.name):
+        raise UserError(f"{model.workdir} is packed already: leave out --name={name}, or copy the folder")
     folder, results = model.workdir, model.results / "eval"
 
     # ------------------------------------------------------------------------------ its statistics
     own = folder / "ems.npz"
     if own.exists() and statistics.load_origin(own)["checkpoint"] != model.identity:
         own.unlink()
-    measured = pathlib.Path(EMS_FILE.value) if EMS_FILE.value else measuring.find(model)
+    measured = pathlib.Path(ems_path) if ems_path else measuring.find(model)
     if measured not in (None, own):
         ems = measuring.load(model, measured)
-        origin = ems.origin | dict(data=portable(model.experiment.config).data.dataset)
+        origin = ems.origin | dict(data=portable(model.config).data.dataset)
         statistics.save(own, halved(ems._replace(origin=origin)))
     refuse_large(folder, [packed.NAME, own.name], ALL_BYTES, "EMS: measure them with fewer --nodes")
 
@@ -64,40 +77,18 @@ def main():
     if report.keys() & set(CARD):
         files.write(folder / "report.json", json.dumps(report, indent=1) + "\n")
     files.write(folder / "card.md", card(model, report))
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    print(f"wrote {folder}: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
-    if not own.exists():
-        print(f"still to measure, then pack again: {measure_ems(folder)}")
-    for metric in [metric for metric in ("loss", "bpd", "fid") if metric not in report]:
-        print(f"still to measure, then pack again: {evaluation(folder, metric)}")
+    return folder
 
 
-def pack(run, folder):
+def packed_parameters(run: runs.Model, folder: pathlib.Path) -> runs.Model:
     """The packed model of a run; how that came about is kept with the parameters."""
-    files.write(folder / "config.json", json.dumps(portable(run.experiment.config).to_dict(), indent=2) + "\n")
+    files.write(folder / "config.json", json.dumps(portable(run.config).to_dict(), indent=2) + "\n")
     own, *before = runs.history(run)
-    before = [made | dict(config=portable(ConfigDict(made["config"])).to_dict()) for made in before]
+    before = [made | dict(config=portable(made["config"]).to_dict()) for made in before]
     kept = dict(step=run.step, run=run.identity, training=own["training"], start=before)
     packed.save(folder, packed.rounded(run.params), kept)
     refuse_large(folder, [packed.NAME], EMA_BYTES, "parameters: pack a smaller network")
     return runs.open_model(str(folder))
-
-
-def portable(config):
-    """A config that names its data set and the model it starts from, not where this machine keeps them.
-
-    The network computes in float32, whatever it was trained in: a CPU has no faster type, and EMS need it.
-    """
-    config = config.copy_and_resolve_references()
-    if "dtype" in config.model:
-        config.model.dtype = "float32"
-    path = pathlib.Path(config.data.dataset)
-    config.data.dataset = path.stem if path.is_absolute() or path.suffix else config.data.dataset
-    config.data.data_dir = None
-    start = config.training.get("init")
-    if start is not None and pathlib.Path(start).is_absolute():
-        config.training.init = pathlib.Path(start).name
-    return config
 
 
 def halved(ems: EMS) -> EMS:
@@ -135,10 +126,10 @@ def evaluation(folder, metric: str) -> str:
 
 def training_command(config, name: str) -> str | None:
     """The command that trains such a model: a config of this package and what differs from it; None if it has none."""
-    try:
-        theirs = flat(importlib.import_module(f"configs.{name}").get_config())
-    except ModuleNotFoundError:
+    theirs = dict(packaged()).get(f"configs/{name}.py")
+    if theirs is None:
         return None
+    theirs = flat(theirs)
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     changed = {
         field: value
@@ -151,23 +142,25 @@ def training_command(config, name: str) -> str | None:
 
 
 def phrase(made: dict) -> str:
-    """What `experiment.history` tells of a model that another started from."""
+    """What `runs.history` tells of a model that another started from."""
     hours = f" in {made['training']['hours']:.1f} hours" if made["training"] else ""
-    config = ConfigDict(runs.translated(made["config"], made["name"]))
-    command = training_command(config, made["name"]) or "a config that is not kept here"
+    command = (
+        training_command(runs.translated(made["config"], made["name"]), made["name"])
+        or "a config that is not kept here"
+    )
     return f"{made['identity']}, trained for {made['step']} steps{hours} by {command}"
 
 
 def card(model, report: dict) -> str:
     """What the model is and how good it is, as far as that was measured."""
-    folder, experiment, config = model.workdir, model.experiment, portable(model.experiment.config)
-    made = packed.load(folder, experiment.params_template())[1]
+    folder, diffusion, config = model.workdir, model.diffusion, portable(model.config)
+    made = packed.load(folder, model.params)[1]
     log = made.get("training")  # a model may have been packed before this was kept
-    height, width, channels = experiment.image_shape
+    height, width, channels = diffusion.space.shape
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(model.params))
     facts = {
         "images": f"{height}x{width}x{channels}, data set {config.data.dataset}",
-        "SDE": f"{statistics.describe_sde(experiment.sde)}",
+        "SDE": f"{statistics.describe_sde(diffusion.sde)}",
         "network": f"{config.model.name}, {size / 1e6:.2f} M parameters, half precision",
         "trained by": training_command(config, folder.name) or "that of config.json",
         "steps": f"{model.step} of the config's {config.training.n_iters}, batches of {config.training.batch_size}",

@@ -12,8 +12,10 @@ result, a solver's name and options, is a small file that sample.py takes.
 import functools
 import itertools
 import json
+import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 from absl import flags
@@ -22,6 +24,7 @@ from experiments import measuring, program, runs, samplers
 from experiments.config import shown
 from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
+from score_sde.guidance import Guidance
 from solvers.dpm_solver import dpm_solver_pp
 from solvers.grids import GRIDS
 from solvers.search import CHOICES, descend
@@ -37,19 +40,61 @@ MINUTES = flags.DEFINE_float("minutes", 10.0, "The search stops here at the late
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
 
 
+GUIDANCE = flags.DEFINE_float("guidance", None, "Search for the model guided with this scale.")
+
+
 def main():
+    path, held_out = search(
+        runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at()),
+        SOLVER.value,
+        STEPS.value,
+        samplers.parse_options(OPTION.value),
+        ems_path=EMS.value,
+        noises=NOISES.value,
+        minutes=MINUTES.value,
+        seed=SEED.value,
+        guidance=Guidance(GUIDANCE.value),
+    )
+    how = f"over {NOISES.value} other noises, {SOLVER.value} in {STEPS.value} evaluations"
+    print(f"\nRMS distance to the fine solution {how}:")
+    for name, distance in held_out.items():
+        print(f"  {name:16s} {distance:.4f}  {100 * (distance / held_out['published'] - 1):+.0f} %")
+    print(f"wrote {path}; use it by python sample.py --tableau={path}")
+
+
+def search(
+    model: runs.Model,
+    solver: str,
+    steps: int,
+    given: dict,
+    *,
+    ems_path: str | None = None,
+    noises: int = 128,
+    minutes: float = 10.0,
+    seed: int = 0,
+    guidance: Guidance = measuring.NONE,
+) -> tuple[pathlib.Path, dict[str, float]]:
+    """(the file written, the distance on other noises of the published table, the best named grid, the searched one).
+
+    given: options to hold fixed; guidance: of the model that is searched for; without, it is the model alone.
+    """
     # ------------------------------------------------------------------------------ what to search
-    model = runs.open_model(WORKDIR.value, CHECKPOINT.value)
-    solver, steps, given = SOLVER.value, STEPS.value, samplers.parse_options(OPTION.value)
-    ems = measuring.ems_of(model, EMS.value) if solver == "dpmv3" else None
-    build = functools.partial(samplers.build_tableau, model, solver, steps, ems)
+    ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
+    diffusion = runs.bent(model, guidance).diffusion
+    if guidance.scale is None:
+        diffusion = diffusion._replace(conditions=lambda index: None)
+    sde = diffusion.sde
+    build = functools.partial(samplers.build_tableau, sde, solver, steps, ems, guidance.scale)
     published, _ = build(**given)
-    search, judge = (distance_to_fine(model, seed) for seed in (SEED.value + 1, SEED.value))
-    deadline = time.monotonic() + 60 * MINUTES.value
+    fine = dpm_solver_pp(sde, model.config.eval.fine_steps, order=2)
+    tried_on, judge = (
+        distance_to(fine, samplers.sampler(diffusion, model.params, each), noises) for each in (seed + 1, seed)
+    )
+    deadline = time.monotonic() + 60 * minutes
 
     def distance(options: dict) -> float:
         try:
-            return search(build(**options)[0])
+            return tried_on(build(**options)[0])
         except UserError:  # options that do not go together, or times that fall on one node
             return np.inf
 
@@ -61,24 +106,19 @@ def main():
     for grid, combination in itertools.product(grids, combinations):
         options = given | combination | {"grid": grid}
         tried.append((distance(options), options))
-        if time.monotonic() > deadline - 30 * MINUTES.value:  # half of the time is for the times
+        if time.monotonic() > deadline - 30 * minutes:  # half of the time is for the times
             break
-    value, options = min(tried, key=lambda pair: pair[0])
-    named = options
-    print(f"{len(tried)} combinations of options and grids; the best, {shown(options)}: {value:.4f}")
-    sde, t = model.experiment.sde, build(**options)[0].t
+    value, named = min(tried, key=lambda pair: pair[0])
+    print(f"{len(tried)} combinations of options and grids; the best, {shown(named)}: {value:.4f}")
     end = sde.t_min if ems is None else ems.t[-1]
-    times = np.array([*t, options.get("t_end") or end])
-    with_times = lambda lam: options | {"grid": sde.t_of_lam(lam).clip(times[-1], times[0]).tolist()}
+    times = np.array([*build(**named)[0].t, named.get("t_end") or end])
+    with_times = lambda lam: named | {"grid": sde.t_of_lam(lam).clip(times[-1], times[0]).tolist()}
     lam, value = descend(lambda lam: distance(with_times(lam)), sde.lam(times), deadline)
     options = with_times(lam)
 
     # ------------------------------------------------------------------------------ judge, write
     rows = {"published": published, "best named grid": build(**named)[0], "searched": build(**options)[0]}
     held_out = {name: judge(table) for name, table in rows.items()}
-    print(f"\nRMS distance to the fine solution over {NOISES.value} other noises, {solver} in {steps} evaluations:")
-    for name, found in held_out.items():
-        print(f"  {name:16s} {found:.4f}  {100 * (found / held_out['published'] - 1):+.0f} %")
     record = dict(
         solver=solver,
         steps=steps,
@@ -86,24 +126,22 @@ def main():
         checkpoint=model.identity,
         held_out_rms=held_out,
         searched_rms=value,
-        noises=NOISES.value,
-        seed=SEED.value,
+        noises=noises,
+        seed=seed,
         command=" ".join(sys.argv),
         score_sde=VERSION,
     )
-    path = model.results / "solvers" / f"step{model.step}-{solver}-{steps}.json"
+    guided = "" if guidance.scale is None else f"-guidance{guidance.scale:g}"
+    path = model.results / "solvers" / f"step{model.step}-{solver}-{steps}{guided}.json"
     files.write(path, json.dumps(record, indent=2) + "\n")
-    print(f"wrote {path}; use it by python sample.py --tableau={path}")
+    return path, held_out
 
 
-def distance_to_fine(model, seed: int):
-    """tableau -> RMS distance, over pixels and noises, of its end points to those of the fine solution."""
-    experiment = model.experiment
-    index = np.arange(parallel.round_up(NOISES.value))
-    sample = samplers.sampler(model, lambda params, *_: experiment.noise_of(params), seed)
-    solve = lambda table: sample(table, index)
-    fine = solve(dpm_solver_pp(experiment.sde, experiment.config.eval.fine_steps, order=2))
-    return lambda table: samplers.rms(solve(table) - fine)
+def distance_to(fine, sample: Callable, noises: int) -> Callable:
+    """tableau -> RMS distance, over pixels and noises, of its end points to those of the tableau `fine`."""
+    solve = lambda table: sample(table, np.arange(parallel.round_up(noises)))
+    ends = solve(fine)
+    return lambda table: samplers.rms(solve(table) - ends)
 
 
 if __name__ == "__main__":

@@ -36,22 +36,48 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, order and augmentati
 
 
 def main():
-    load = lambda split: sources.load(
-        DATASET.value, split, image_size=IMAGE_SIZE.value, num_channels=NUM_CHANNELS.value
+    path, provenance = train_features(
+        DATASET.value,
+        NAME.value,
+        image_size=IMAGE_SIZE.value,
+        num_channels=NUM_CHANNELS.value,
+        epochs=EPOCHS.value,
+        batch_size=BATCH_SIZE.value,
+        learning_rate=LEARNING_RATE.value,
+        folder=FOLDER.value,
+        seed=SEED.value,
     )
+    print(json.dumps(provenance, indent=2))
+    print(f"resnet20-{NAME.value}: test accuracy {100 * provenance['test_accuracy']:.2f} %, wrote {path}")
+
+
+def train_features(
+    dataset: str,
+    name: str,
+    *,
+    image_size: int,
+    num_channels: int,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+    folder: str = str(resnet.WEIGHTS),
+    seed: int = 0,
+) -> tuple[pathlib.Path, dict]:
+    """Train a network, or go on where it was stopped; returns its file and provenance. Arguments as the flags."""
+    load = lambda split: sources.load(dataset, split, image_size=image_size, num_channels=num_channels)
     images, held_out = load("train"), load("test")
     everything = images.take(np.arange(images.size))
     if "label" not in everything:
         raise UserError(f"{images.name} has no labels to learn: give a labelled data set")
-    stream = data.Stream(images, batch_size=BATCH_SIZE.value, seed=SEED.value)
-    num_steps = EPOCHS.value * images.size // BATCH_SIZE.value
-    image_shape = (IMAGE_SIZE.value, IMAGE_SIZE.value, NUM_CHANNELS.value)
+    stream = data.Stream(images, batch_size=batch_size, seed=seed)
+    num_steps = epochs * images.size // batch_size
+    image_shape = (image_size, image_size, num_channels)
     network = resnet.ResNet20(int(everything["label"].max()) + 1)
-    optimizer = optax.adamw(optax.cosine_onecycle_schedule(num_steps, LEARNING_RATE.value), weight_decay=0.02)
+    optimizer = optax.adamw(optax.cosine_onecycle_schedule(num_steps, learning_rate), weight_decay=0.02)
 
     @jax.jit
     def train_step(step, params, optimizer_state, image, label):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(SEED.value), step), len(image))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(image))
         x = jax.vmap(augment)(keys, image)
 
         def loss(params):
@@ -62,12 +88,10 @@ def main():
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state, value
 
-    params = network.init(jax.random.key(SEED.value), jnp.zeros((1, *image_shape)))["params"]
+    params = network.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
     state, start = (params, optimizer.init(params)), 0
-    identity = (
-        f"{images.name} {images.size} {image_shape} {num_steps} {BATCH_SIZE.value} {LEARNING_RATE.value} {SEED.value}"
-    )
-    kept = pathlib.Path("runs") / f"resnet20_{NAME.value}" / "state.npz"
+    identity = f"{images.name} {images.size} {image_shape} {num_steps} {batch_size} {learning_rate} {seed}"
+    kept = pathlib.Path("runs") / f"resnet20_{name}" / "state.npz"
     if kept.exists():
         try:
             found = files.load_npz(kept)
@@ -95,23 +119,22 @@ def main():
 
     provenance = dict(
         network="ResNet-20, group normalization",
-        data=pathlib.Path(DATASET.value).stem,
+        data=pathlib.Path(dataset).stem,
         num_train=images.size,
         num_test=held_out.size,
         image_shape=image_shape,
         num_classes=network.num_classes,
-        epochs=EPOCHS.value,
+        epochs=epochs,
         steps=num_steps,
         minutes_since_resumed=round(minutes, 1),
         command=" ".join(["python -m tools.train_features", *sys.argv[1:]]),
         versions=dict(score_sde=VERSION, jax=jax.__version__),
     )
-    path = pathlib.Path(FOLDER.value) / f"resnet20_{NAME.value}.npz"
+    path = pathlib.Path(folder) / f"resnet20_{name}.npz"
     half = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), state[0])  # as it will be used
     provenance["test_accuracy"] = round(accuracy(network, half, held_out), 4)
     resnet.save(path, half, provenance)
-    print(json.dumps(provenance, indent=2))
-    print(f"resnet20-{NAME.value}: test accuracy {100 * provenance['test_accuracy']:.2f} %, wrote {path}")
+    return path, provenance
 
 
 def augment(key, image):

@@ -1,0 +1,325 @@
+"""What there is to measure of a model, and the report that it adds up in: what evaluate.py does."""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ems import statistics
+from experiments import build, events, figures, measuring, program, quality, runs, samplers
+from experiments import report as reports
+from score_sde import VERSION, files, parallel
+from score_sde.errors import UserError
+from score_sde.guidance import Guidance
+from score_sde.metrics.features import FeatureNetwork
+from solvers import probability_flow
+from solvers.dpm_solver import dpm_solver_pp
+
+# What the convergence study compares: row name -> solver and options.
+STUDY = {
+    "DDIM": ("ddim", {}),
+    "DPM-Solver++ 2M": ("dpmpp", {"order": 2}),
+    "DPM-Solver++ 3M": ("dpmpp", {"order": 3}),
+    "DPM-Solver 3S": ("dpm", {"order": 3}),
+    "DEIS tAB3": ("deis", {}),
+    "iPNDM": ("ipndm", {}),
+    "Heun": ("heun", {}),
+    "UniPC bh2": ("unipc", {}),
+    "DPM-Solver-v3": ("dpmv3", {}),
+}
+
+
+class Options(NamedTuple):
+    """How models are measured; what metrics do not ask for has no effect."""
+
+    seed: int = 0  # of all noise
+    ems: str | None = None  # file for dpmv3; the run's own if None
+    solvers: list[str] | None = None  # of fid, and the first of samples; the config's if None
+    steps: list[int] | None = None  # evaluations, each with each solver; the config's if None
+    num_samples: int = 10_000  # of fid
+    network: Callable = quality.feature_network  # config -> the FeatureNetwork of fid
+    reference: str | None = None  # statistics that fid compares with; those of the config's data set if None
+    guidance: Guidance = measuring.NONE  # of samples, fid and convergence
+    label: int | None = None  # class of their samples; all by turns if None
+    classifier: runs.TrainedClassifier | None = None  # guides in the place of the model's own classes
+
+    def bend(self, model: runs.Model) -> runs.Model:
+        """The model as it is sampled."""
+        return runs.bent(model, self.guidance, label=self.label, classifier=self.classifier)
+
+    def ways(self, model: runs.Model) -> list[tuple[str, int]]:
+        """Each solver with each number of evaluations."""
+        fields = model.config.sampling
+        return [(name, k) for name in self.solvers or [fields.solver] for k in self.steps or [fields.steps]]
+
+    def ems_for(self, solver: str, model: runs.Model):
+        """The EMS that the solver takes for the model as it is sampled, if it takes any."""
+        own = self.guidance if self.classifier is None else measuring.NONE
+        return measuring.ems_of(model, self.ems, own) if solver == "dpmv3" else None
+
+    def told(self) -> dict:
+        """What bends the model, for the record; empty where nothing does."""
+        scale, interval, threshold, _ = self.guidance
+        workdir = None if self.classifier is None else str(self.classifier.workdir)
+        told = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, classifier=workdir)
+        return {name: value for name, value in told.items() if value is not None}
+
+
+def evaluate(model: runs.Model, metrics: list[str], options: Options, name: str = ".") -> dict:
+    """Measure, print, and write what is measured to the report in eval/<name>/, which is returned."""
+    folder = model.results / "eval" / name
+    report = earlier(model, folder)
+    versions = dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0], on=parallel.devices())
+    for metric in dict.fromkeys(metrics):
+        began = time.perf_counter()
+        for result in METRICS[metric](model, folder, options):
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            result |= dict(seed=options.seed, seconds=seconds, command=" ".join(sys.argv), versions=versions)
+            report = reports.add(report, metric, result)
+            print("\n".join(["", *reports.lines(metric, result)]))
+            write(folder, report)
+    report |= training(model, folder) | shown_ems(model, folder)
+    write(folder, report)
+    print(f"\nwrote {folder}/report.json and report.md")
+    return report
+
+
+def earlier(model, folder) -> dict:
+    """The report that grows: of this checkpoint; one of another makes room, in a folder of its own."""
+    about = dict(workdir=str(model.workdir), step=model.step, identity=model.identity)
+    report = reports.read(folder)
+    if report is not None and report["model"]["identity"] == model.identity:
+        return report | dict(model=about)
+    if report is not None and parallel.writes():
+        aside = folder / f"step{report['model']['step']}"
+        aside.mkdir(exist_ok=True)
+        for path in [*folder.glob("report.*"), *folder.glob("*.png")]:
+            path.replace(aside / path.name)
+        print(f"the report of step {report['model']['step']} is now in {aside}")
+    return dict(model=about)
+
+
+def write(folder, report: dict):
+    files.write(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    files.write(folder / "report.md", reports.render(report))
+
+
+def training(model, folder) -> dict:
+    """The loss as training logged it, up to this checkpoint, and its picture."""
+    found = events.training(model.workdir / "tensorboard", model.step)
+    if found is None:
+        return {}
+    record, loss, held_out = found
+    figures.save_loss(folder / "loss.png", loss, held_out, model.name)
+    return dict(training=record)
+
+
+def shown_ems(model, folder) -> dict:
+    """Of which images the statistics are that a sampler would take, and their picture."""
+    path = measuring.find(model)
+    if path is None:
+        return {}
+    ems = statistics.load(path)
+    figures.save_ems(folder / "ems.png", ems.lam, {"l": ems.l, "s": ems.s, "b": ems.b}, f"EMS of {model.name}")
+    return dict(ems=ems.origin)
+
+
+def test_batches(model: runs.Model, images, n: int):
+    """(index, batch) of the first n of test images, sharded over devices; the last batch is filled up."""
+    batch_size = parallel.round_up(min(model.config.eval.batch_size, n))
+    for start in range(0, n, batch_size):
+        index = np.arange(start, start + batch_size)
+        yield index, parallel.shard(images.take(index.clip(max=n - 1)) | {"index": index})
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+# Each takes (model, the report's folder, options) and yields results.
+
+
+def held_out_loss(model: runs.Model, folder, options: Options) -> Iterator[dict]:
+    """The training loss on test images with the averaged parameters: mean and standard error over images."""
+    fields, images = model.config.eval, build.images_of(model.config, "test")
+    parallel.batch_per_device(min(fields.batch_size, images.size // jax.device_count() * jax.device_count()))
+    loss, key = build.loss_of(model.config, model.diffusion), jax.random.key(options.seed)
+    on_devices = parallel.pmap(lambda params, batch: loss(params, batch, key, False))
+    params, values = parallel.replicate(model.params), []
+    n = min(fields.num_data, images.size)
+    for _, batch in test_batches(model, images, n):
+        values.append(parallel.gather(on_devices(params, batch)))
+    values = np.concatenate(values)[:n].astype(np.float64)
+    yield dict(mean=values.mean(), standard_error=values.std(ddof=1) / np.sqrt(n), images=n)
+
+
+def convergence(model: runs.Model, folder, options: Options) -> Iterator[dict]:
+    """RMS distance to the fine solution for each solver of STUDY and number of evaluations.
+
+    Of the model without conditions, unless something guides it.
+    """
+    told, fields = options.told(), model.config.eval
+    bent = options.bend(model)
+    diffusion = bent.diffusion if told else bent.diffusion._replace(conditions=lambda index: None)
+    n = parallel.round_up(fields.num_samples)
+    sample = samplers.sampler(diffusion, bent.params, options.seed)
+    solve = lambda table: sample(table, np.arange(n))
+
+    ems = options.ems_for("dpmv3", model)
+    fine, coarser = (
+        solve(dpm_solver_pp(diffusion.sde, k, order=2)) for k in (fields.fine_steps, fields.fine_steps // 2)
+    )
+    steps = list(fields.steps)
+    distances = {name: [] for name in STUDY}
+    for k in program.progress(steps, desc="convergence"):
+        for name, (solver, own) in STUDY.items():
+            table = samplers.build_tableau(diffusion.sde, solver, k, ems, options.guidance.scale, **own)
+            distances[name].append(samplers.rms(solve(table[0]) - fine))
+    # halving the step of a second-order solver quarters its error
+    uncertainty = samplers.rms(fine - coarser) / 3
+    figures.save_convergence(folder / "convergence.png", steps, distances, f"{model.name}, {n} noises")
+    result = dict(steps=steps, rms=distances, fine_steps=fields.fine_steps, fine_uncertainty=uncertainty, noises=n)
+    yield result | dict(ems=ems.origin) | told
+
+
+def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
+    """A picture of the first samples, as many as the config's batches have."""
+    bent = options.bend(model)
+    solver, steps = options.ways(model)[0]
+    sample = samplers.sampler(bent.diffusion, bent.params, options.seed)
+    way = quality.drawer(bent, sample, solver, steps, options.ems_for(solver, model), options.guidance.scale)
+    figures.save_grid(folder / "samples.png", way.images_of(0, way.batch_size)[:256])
+    about = dict(solver=solver, steps=steps, options=way.options, num_samples=min(way.batch_size, 256))
+    yield about | options.told()
+
+
+def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict]:
+    """Distances of samples to the training images, for each way of sampling; resumes if stopped.
+
+    Sampler and feature network are compiled once for all of them.
+    """
+    bent, network = options.bend(model), options.network(model.config)
+    sample = samplers.sampler(bent.diffusion, bent.params, options.seed)
+    for solver, steps in options.ways(model):
+        yield quality.of_samples(
+            bent,
+            solver,
+            steps,
+            sample=sample,
+            network=network,
+            n=options.num_samples,
+            seed=options.seed,
+            ems=options.ems_for(solver, model),
+            guidance_scale=options.guidance.scale,
+            reference_path=options.reference,
+            told=options.told(),
+        )
+
+
+def bits_per_dim(model: runs.Model, folder, options: Options) -> Iterator[dict]:
+    """Bits/dim of uniformly dequantized test images: an upper bound, in the mean, on those of their levels."""
+    diffusion, fields = model.diffusion, model.config.eval.likelihood
+    pixels = build.space_of(model.config, dequantize=True)
+    if fields.probe not in probability_flow.PROBES:
+        raise UserError(f"unknown probe {fields.probe!r}: use one of {', '.join(probability_flow.PROBES)}")
+    images = build.images_of(model.config, "test")
+    n = min(fields.num_data, images.size)
+
+    def one_device(params, batch, repeat):
+        keys = samplers.sample_keys(options.seed, batch["index"], repeat)
+        x = jax.vmap(pixels.encode)(keys, batch["image"])
+        draw = probability_flow.PROBES[fields.probe]
+        probe = lambda key: draw(jax.random.fold_in(key, 2), fields.num_probes, pixels.shape)
+        logp, _, run = probability_flow.log_likelihood(
+            diffusion.noise_of(params, batch.get("label")),
+            diffusion.sde,
+            x,
+            jax.vmap(probe, out_axes=1)(keys),
+            rtol=fields.rtol,
+            atol=fields.atol,
+            t_min=fields.t_min,
+        )
+        return probability_flow.bits_per_dim(logp, pixels), run
+
+    on_devices = parallel.pmap(one_device, in_axes=(0, 0, None))
+    params, values, evaluations = parallel.replicate(model.params), [], []
+    for repeat in program.progress(range(fields.repeats), desc="bits/dim"):
+        row = []
+        for index, batch in test_batches(model, images, n):
+            bpd, run = parallel.gather(on_devices(params, batch, repeat))
+            probability_flow.check(run, bpd[:, None, None, None], index)
+            row.append(bpd)
+            evaluations.append(int(run.evaluations[0]))
+        values.append(np.concatenate(row)[:n].astype(np.float64))
+    per_image = np.mean(values, axis=0)
+    mean, error = per_image.mean(), per_image.std(ddof=1) / np.sqrt(n)
+    spread = np.std([row.mean() for row in values], ddof=1) if fields.repeats > 1 else None
+    about = dict(
+        conditional=diffusion.num_classes > 0,
+        trained_on_dequantized=model.config.data.uniform_dequantization,
+        evaluations=evaluations,
+    )
+    how = fields.to_dict() | dict(num_data=n)
+    yield dict(mean=mean, standard_error=error, spread_of_repeats=spread, **how) | about
+
+
+def encoding(model: runs.Model, folder, options: Options) -> Iterator[dict]:
+    """How far test images come back from their latents."""
+    diffusion, fields = model.diffusion, model.config.eval
+    sde, images = diffusion.sde, build.images_of(model.config, "test")
+    n = min(fields.num_samples, images.size)
+    tolerances = dict(rtol=fields.likelihood.rtol, atol=fields.likelihood.atol)
+
+    def one_device(params, batch):
+        noise = diffusion.noise_of(params, batch.get("label"))
+        keys = samplers.sample_keys(options.seed, batch["index"])
+        x = jax.vmap(diffusion.space.encode)(keys, batch["image"])
+        z, there = probability_flow.solve(noise, sde, x, t_start=sde.t_min, t_end=sde.t_max, **tolerances)
+        back, run = probability_flow.solve(noise, sde, z, **tolerances)
+        return back, back - x, there, run
+
+    on_devices, params = parallel.pmap(one_device), parallel.replicate(model.params)
+    errors, evaluations = [], []
+    for index, batch in test_batches(model, images, n):
+        back, error, *runs = parallel.gather(on_devices(params, batch))
+        for run in runs:
+            probability_flow.check(run, back, index)
+        errors.append(error)
+        evaluations.append([int(run.evaluations[0]) for run in runs])
+    errors = np.concatenate(errors)[:n].astype(np.float64)
+    rms, largest = float(np.sqrt(np.square(errors).mean())), float(np.abs(errors).max())
+    yield dict(rms=rms, largest=largest, images=n, evaluations=evaluations, **tolerances)
+
+
+METRICS = {
+    "loss": held_out_loss,
+    "convergence": convergence,
+    "fid": sample_quality,
+    "samples": sample_grid,
+    "bpd": bits_per_dim,
+    "encoding": encoding,
+}
+
+
+# ------------------------------------------------------------------------------------------------ quality of images
+
+
+def images_and_data(
+    config,
+    network: FeatureNetwork,
+    *,
+    of_data: bool = False,
+    samples: str | None = None,
+    reference: str | None = None,
+):
+    """Statistics of a config's data set alone, or anyone's images, a folder or an .npz, against them; printed."""
+    if of_data:
+        print(f"statistics: {quality.data_statistics(config, network, 'train')[1]}")
+    if samples is not None:
+        result = quality.of_images(config, network, samples, reference)
+        print("\n".join(["", *reports.quality_lines(result)]))
+        path = runs.RUNS / "evaluated" / f"{pathlib.Path(samples).stem}-{network.distance}.json"
+        files.write(path, json.dumps(result | dict(samples=samples, command=" ".join(sys.argv)), indent=2) + "\n")
+        print(f"\nwrote {path}")

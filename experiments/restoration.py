@@ -1,0 +1,108 @@
+"""Images completed and coloured: what is known of samples, read, made a condition, and shown beside them."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import build, figures, runs
+from score_sde import sources
+from score_sde.errors import UserError
+from score_sde.sde import SDE
+from score_sde.space import Space
+from solvers import conditioning
+
+PER_IMAGE = 4  # samples of each test image
+
+
+class Known(NamedTuple):
+    """What is known of the samples of --task=inpaint and --task=colorize."""
+
+    space: Space
+    sde: SDE
+    images: Callable  # indices of samples (b,) -> uint8 (b, H, W, C)
+    mask: np.ndarray | None  # (1, H, W, 1), true where known; None: the gray of every pixel is
+    by_image: bool  # whether each image has PER_IMAGE samples, else one has all
+
+    def identity(self) -> list[str]:
+        """Hashes of the mask and the first image."""
+        arrays = [self.images(np.arange(1))] + ([] if self.mask is None else [self.mask])
+        return [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
+
+    def in_data_range(self, index):
+        """The images of samples numbered `index` as the model sees them; only what is known of them will count."""
+        keys = jax.numpy.broadcast_to(jax.random.key(0), index.shape)
+        return np.asarray(jax.vmap(self.space.encode)(keys, self.images(index)))
+
+    def condition(self, images):
+        """The condition of the predictor-corrector sampler (solvers/conditioning.py)."""
+        if self.mask is None:
+            return conditioning.colorization(self.sde, images)
+        return conditioning.inpainting(self.sde, images, self.mask)
+
+    def put_back(self, samples):
+        """uint8 samples whose known pixels have exactly their known levels."""
+        return samples if self.mask is None else np.where(self.mask, self.images(np.arange(len(samples))), samples)
+
+    def shown(self, images):
+        """uint8 images as far as they are known: gray where nothing is, or their gray."""
+        if self.mask is None:
+            return np.broadcast_to(images.mean(-1, keepdims=True), images.shape).astype(np.uint8)
+        return np.where(self.mask, images, np.uint8(128))
+
+    def save_grid(self, path, samples):
+        """Images, what was known of them, and the samples, side by side; test images a row each."""
+        per_image = PER_IMAGE if self.by_image else 256
+        samples = samples[:256]
+        starts = range(0, len(samples), per_image)
+        rows = [
+            part
+            for start in starts
+            for image in [self.images(np.array([start]))]
+            for part in (image, self.shown(image), samples[start : start + per_image])
+        ]
+        figures.save_grid(path, np.concatenate(rows), 2 + PER_IMAGE if self.by_image else None)
+
+
+def known_of(model: runs.Model, task: str, image: str | None = None, mask: str | None = None) -> Known:
+    """What is known where task is "inpaint" or "colorize".
+
+    image: a file; test images, PER_IMAGE samples each, if None. mask: a file, white where the image is known; the upper
+    half is if None.
+    """
+    (height, width, channels), space = model.diffusion.space.shape, model.diffusion.space
+    known = None
+    if task == "inpaint":
+        known = np.broadcast_to(np.arange(height)[:, None] < height // 2, (height, width))
+        if mask is not None:
+            known = read_image(mask, space, gray=True)[..., 0] > 127
+        known = known[None, :, :, None]
+    elif channels == 1:
+        raise UserError(f"--task=colorize: the images of {model.config.data.dataset} are gray: use another model")
+    if image is None:
+        test = build.images_of(model.config, "test")
+        images = lambda index: test.take(index // PER_IMAGE % test.size)["image"]
+    else:
+        one = read_image(image, space, exact=task == "inpaint")
+        images = lambda index: np.broadcast_to(one, (len(index), *one.shape))
+    return Known(space, model.diffusion.sde, images, known, image is None)
+
+
+def read_image(path: str, space: Space, *, exact: bool = False, gray: bool = False) -> np.ndarray:
+    """A file as uint8 (H, W, C), refused unless its size is the model's; gray: of one channel, whatever the model's.
+
+    exact: refuse an image of other colours than the model's instead of converting it.
+    """
+    height, width, ours = space.shape
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"no such image {path}")
+    image = sources.decode(pathlib.Path(path), path)
+    if (image.height, image.width) != (height, width):
+        raise UserError(f"{path} is {image.width}x{image.height}, the model's images are {width}x{height}: resize it")
+    theirs, channels = 1 if image.mode in ("1", "L", "LA") else 3, 1 if gray else ours
+    if exact and theirs != ours:
+        raise UserError(f"{path} has {theirs} colour channel(s), the model's images have {ours}: convert it")
+    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(height, width, channels)
