@@ -1,1 +1,1 @@
-"""Models in the box: averaged parameters in half precision with their EMS, each with a card. `pack` writes them."""
+"""Models in the box: averaged parameters in half precision with their EMS, each with a card, by `tools.pack`."""
