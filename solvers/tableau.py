@@ -16,6 +16,7 @@ and a stochastic solver adds noise[i] z_i, z_i ~ N(0, I), to x_(i+1).
 inside a singlestep solver's step base_i = base_(i-1). A corrector changes base and leaves f as it is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,13 +25,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde.denoiser import NoiseFn
+from score_sde.errors import UserError
 from score_sde.sde import SDE
 
 
 class Tableau(NamedTuple):
-    """A solver for n evaluations with a history of K values of f; built in float64 on the host.
+    """A solver for n evaluations with a history of K values of f; built in float64 on the host, see `checked`.
 
     Trailing axes P are (1, 1, 1) for coefficients that all pixels share, (H, W, C) for coefficients per pixel.
+
+    For example DPM-Solver++ 2M under VE, where alpha = 1, in two evaluations at sigma = 4 and 2, which end at sigma = 1
+    without a lower order. Data prediction is l = 1, so f = -D with D the predicted x0. With h = log 2 between times,
+    x_1 = x_0 / 2 + D_0 / 2, which is DDIM, and x_2 = x_1 / 2 + (3 D_1 - D_0) / 4:
+
+        alpha = [1, 1]   sigma = [4, 2]   l = [1, 1]
+        correct = [[0, 1, 0, 0, 0], [0, 1, 0, 0, 0]]                of base, x, f_i, f_(i-1), 1: there is no corrector
+        predict = [[1/2, -1/2, 0, 0], [1/2, -3/4, 1/4, 0]]          of base, f_i, f_(i-1), 1
+
+    Where D and eps do not change, x stays D + sigma eps: (D + 4 eps) / 2 + D / 2 = D + 2 eps, and so on.
     """
 
     t: np.ndarray  # (n,) where the network is evaluated
@@ -44,6 +56,66 @@ class Tableau(NamedTuple):
     @property
     def history(self) -> int:
         return self.predict.shape[1] - 2
+
+
+def checked(builder: Callable | None = None, *, exact: bool = True) -> Callable:
+    """The same function that builds tableaux, which are verified on the host before it hands them out.
+
+    exact: whether rows are verified too, by `check_rows`; those of measured statistics have no such property.
+
+    ValueError for a table that is built wrongly, UserError for times at which its numbers overflow.
+    """
+    if builder is None:
+        return functools.partial(checked, exact=exact)
+
+    @functools.wraps(builder)
+    def build(*arguments, **options) -> Tableau:
+        tableau = builder(*arguments, **options)
+        check_shapes(tableau)
+        if exact:
+            check_rows(tableau)
+        return tableau
+
+    return build
+
+
+def check_shapes(tableau: Tableau):
+    """Refuse shapes other than `Tableau` says, rising times, weights of evaluations before the first, and overflow."""
+    n, columns, *pixels = tableau.predict.shape
+    shapes = dict.fromkeys(("t", "alpha", "sigma"), (n,)) | dict.fromkeys(("l", "noise"), (n, *pixels))
+    for name, shape in (shapes | dict(correct=(n, columns + 1, *pixels))).items():
+        value = getattr(tableau, name)
+        if (value is not None and value.shape != shape) or len(pixels) != 3:
+            raise ValueError(f"{name} of a tableau has shape {value.shape}, expected {shape}")
+    if (np.diff(tableau.t) > 1e-12 * tableau.t[0]).any():  # rounding apart
+        raise ValueError(f"the times of a tableau rise: {tableau.t}")
+    for i in range(min(n, tableau.history)):
+        if tableau.correct[i, 3 + i : -1].any() or tableau.predict[i, 2 + i : -1].any():
+            raise ValueError(f"row {i} of a tableau uses evaluations before the first")
+    if not all(np.isfinite(field).all() for field in tableau if field is not None):
+        raise UserError("a solver's coefficients overflow at these times: choose another grid, or fewer steps")
+
+
+def check_rows(tableau: Tableau, tolerance: float = 1e-8):
+    """Refuse a row that leaves x = alpha x0 + sigma eps where x0 and eps do not change, l being 0 or 1 for all pixels.
+
+    Every solver of the ODE stays there, whatever its order; a stochastic one in mean and variance. The last row is left
+    out: where it leads, a tableau does not tell.
+    """
+    scalar = lambda table: table[..., 0, 0, 0]
+    l, correct, predict = scalar(tableau.l), scalar(tableau.correct), scalar(tableau.predict)
+    line = np.stack([tableau.alpha, tableau.sigma], axis=1)  # x as (share of x0, share of eps)
+    f = np.stack([-l, (1 - l) * tableau.sigma / tableau.alpha], axis=1)
+    base = x = line[0]
+    for i in range(len(l) - 1):
+        if tableau.noise is not None:
+            base = x = line[i]  # with fresh noise: the share of eps is that of a normal variable
+        past = f[max(0, i - tableau.history + 1) : i + 1][::-1]
+        base = correct[i, 0] * base + correct[i, 1] * x + correct[i, 2 : 2 + len(past)] @ past
+        x = predict[i, 0] * base + predict[i, 1 : 1 + len(past)] @ past
+        arrived = x if tableau.noise is None else np.array([x[0], np.hypot(x[1], scalar(tableau.noise)[i])])
+        if np.abs(arrived - line[i + 1]).max() > tolerance * line[i + 1].max():
+            raise ValueError(f"row {i} of a tableau leads to {arrived}, not to (alpha, sigma) = {line[i + 1]}")
 
 
 def empty(sde, times, history: int, l) -> Tableau:

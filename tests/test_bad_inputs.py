@@ -435,9 +435,6 @@ BAD = {
     "label above the classifier's": (
         SAMPLE + "--task=class --classifier=runs/classifier --label=12", "--label=12", "0 to 9",
     ),
-    "classifier for a model that knows classes": (
-        "sample --workdir=runs/by_class --task=class --classifier=runs/classifier", "leave out",
-    ),
     "interpolation by another solver": (SAMPLE + "--task=interpolate --solver=dpmpp", "--solver=ode"),
     "inpainting by another solver": (SAMPLE + "--task=inpaint --solver=dpmpp", "--solver=pc"),
     "absent image": (SAMPLE + "--task=inpaint --image=data/absent.png", "data/absent.png"),

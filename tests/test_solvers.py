@@ -205,3 +205,39 @@ def test_bad_options_are_refused_in_one_line(build, words):
     with pytest.raises(UserError, match=words) as error:
         build(sde_lib.VP())
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ a table checks itself
+
+
+def two_evaluations() -> tableau.Tableau:
+    """The example of `Tableau`'s docstring."""
+    ve = sde_lib.VE(sigma_min=0.5, sigma_max=4.0)
+    return dpm_solver.dpm_solver_pp(ve, 2, grid=[1.0, 2 / 3, 1 / 3], lower_order_final=False)
+
+
+def test_the_worked_example():
+    table = two_evaluations()
+    np.testing.assert_allclose((table.alpha, table.sigma), ([1, 1], [4, 2]), rtol=1e-12)
+    np.testing.assert_array_equal(table.l.ravel(), [1, 1])
+    np.testing.assert_array_equal(table.correct[..., 0, 0, 0], [[0, 1, 0, 0, 0]] * 2)
+    predict = [[1 / 2, -1 / 2, 0, 0], [1 / 2, -3 / 4, 1 / 4, 0]]
+    np.testing.assert_allclose(table.predict[..., 0, 0, 0], predict, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (dict(alpha=np.ones(3)), ValueError, r"alpha of a tableau has shape \(3,\), expected \(2,\)"),
+        (dict(correct=np.zeros((2, 4, 1, 1, 1))), ValueError, "correct of a tableau"),
+        (dict(noise=np.zeros((1, 1, 1, 1))), ValueError, "noise of a tableau"),
+        (dict(t=np.array([0.5, 1.0])), ValueError, "times of a tableau rise"),
+        (dict(predict=np.ones((2, 4, 1, 1, 1))), ValueError, "row 0 of a tableau uses evaluations before the first"),
+        (dict(l=np.full((2, 1, 1, 1), np.nan)), UserError, "overflow"),
+        (dict(sigma=np.array([4.0, 2.1])), ValueError, r"row 0 of a tableau leads to .*, not to \(alpha, sigma\)"),
+        (dict(noise=np.ones((2, 1, 1, 1))), ValueError, "row 0 of a tableau leads to"),
+    ],
+)
+def test_a_wrong_table_is_refused(changes, error, words):
+    with pytest.raises(error, match=words):
+        tableau.checked(lambda: two_evaluations()._replace(**changes))()
