@@ -59,8 +59,8 @@ TASK_SOLVERS = {"inpaint": "pc", "colorize": "pc", "class": "dpmpp", "interpolat
 
 def main():
     # ------------------------------------------------------------------------------ flags become values
-    model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
-    defaults, task, seed = model.config.sampling, TASK.value, SEED.value
+    plain = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
+    defaults, task, seed = plain.config.sampling, TASK.value, SEED.value
     solver = SOLVER.value or TASK_SOLVERS.get(task, defaults.solver)
     steps = STEPS.value or (defaults.pc_steps if solver == "pc" else defaults.steps)
     options = samplers.parse_options(OPTION.value)
@@ -68,60 +68,59 @@ def main():
         for flag in (SOLVER, STEPS, OPTION):
             if flag.value:
                 raise UserError(f"--tableau brings its own solver, steps and options: leave out --{flag.name}")
-        solver, steps, options = samplers.read_search(model, TABLEAU.value)
+        solver, steps, options = samplers.read_search(plain, TABLEAU.value)
     n = NUM_SAMPLES.value or defaults.num_samples
     batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
     check_task(task, solver, image=IMAGE.value, mask=MASK.value, classifier=CLASSIFIER.value)
-    classifier = runs.open_classifier(CLASSIFIER.value, model) if task == "class" else None
+    classifier = runs.open_classifier(CLASSIFIER.value, plain) if task == "class" else None
     guidance = samplers.guidance_of(GUIDANCE.value, GUIDANCE_INTERVAL.value, THRESHOLD.value)
-    bent = runs.bent(model, guidance, label=LABEL.value, classifier=classifier)
+    model = runs.with_guidance(plain, guidance, label=LABEL.value, classifier=classifier)
     restored = task in ("inpaint", "colorize")
-    known = restoration.known_of(model, task, IMAGE.value, MASK.value) if restored else None
-    bending = (TASK, IMAGE, MASK, CLASSIFIER, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
-    told = {flag.name: flag.value for flag in bending if flag.value is not None}
+    known = restoration.known_of(plain, task, IMAGE.value, MASK.value) if restored else None
+    bending_flags = (TASK, IMAGE, MASK, CLASSIFIER, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
+    bending = {flag.name: flag.value for flag in bending_flags if flag.value is not None}
 
     # ------------------------------------------------------------------------------ the method
     if solver == "pc":
-        method = drawing.predictor_corrected(bent, steps, options, seed=seed, known=known)
+        method = drawing.pc(model, steps, options, seed=seed, known=known)
     elif solver == "ode":
         if STEPS.value is not None:
             raise UserError(f"--steps={steps}: solver ode chooses its steps: leave it out, or set --option rtol=1e-3")
-        if task == "interpolate" and model.diffusion.num_classes and LABEL.value is None:
+        if task == "interpolate" and plain.diffusion.num_classes and LABEL.value is None:
             raise UserError(f"--task=interpolate: {model.name} has classes: give one for both images, as in --label=3")
-        method = drawing.adaptive(bent, options, seed=seed, pairs=task == "interpolate")
+        method = drawing.ode(model, options, seed=seed, pairs=task == "interpolate")
     else:
         own = guidance if classifier is None else Guidance()
-        ems = measuring.ems_of(model, EMS.value, own) if solver == "dpmv3" else None
+        ems = measuring.ems_of(plain, EMS.value, own) if solver == "dpmv3" else None
         if ems is not None and classifier is not None:
             print("EMS: of the model alone, the classifier has no part in them; dpmpp needs none")
-        method = drawing.tabled(bent, solver, steps, options, seed=seed, ems=ems, guidance_scale=guidance.scale)
+        method = drawing.few_step(model, solver, steps, options, seed=seed, ems=ems, guidance_scale=guidance.scale)
 
     # ------------------------------------------------------------------------------ one call, and what is printed
-    print(
-        f"{n} samples by {solver}, {method.evaluations} evaluations each, {shown(method.options | told)}, seed {seed}"
-    )
+    how = f"{method.evaluations} evaluations each, {shown(method.options | bending)}, seed {seed}"
+    print(f"{n} samples by {solver}, {how}")
     given = [text for text in OPTION.value if "/" not in text] + ["searched"] * (TABLEAU.value is not None)
-    given += [f"{flag}={value}" for flag, value in told.items() if "/" not in str(value)]
+    given += [f"{flag}={value}" for flag, value in bending.items() if "/" not in str(value)]
     run = [f"step{model.step}", solver] + ([] if method.steps is None else [str(steps)])
     folder = model.results / "samples" / (NAME.value or "-".join([*run, *given, f"seed{seed}"]))
-    drawn = drawing.draw_and_write(
-        bent,
+    samples = drawing.draw_and_write(
+        model,
         method,
         n,
         folder,
         batch_size=batch_size,
         seed=seed,
-        told=told,
+        bending=bending,
         identities=() if classifier is None else (classifier.identity,),
         known=known,
         columns=drawing.PER_PAIR if task == "interpolate" else None,
     )
     if method.steps is None:
-        print(f"{max(drawn.evaluations)} evaluations at most")
+        print(f"{max(samples.evaluations)} evaluations at most")
     print(f"wrote {folder}/samples.npz, grid.png and run.json")
-    if drawn.failure is not None:
-        raise UserError(f"{drawn.failure}; the {len(drawn.images)} samples finished before it are in {folder}")
+    if samples.failure is not None:
+        raise UserError(f"{samples.failure}; the {len(samples.images)} samples finished before it are in {folder}")
 
 
 def check_task(task: str | None, solver: str, **given: str | None):

@@ -118,7 +118,7 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def changed_config(**changes):
+def config_with(**changes):
     """The config of --config, or the published CIFAR-10 one, with fields of the network changed."""
     if flags.FLAGS["config"].present:
         config = config_of(CONFIG).copy_and_resolve_references()
@@ -132,8 +132,8 @@ def changed_config(**changes):
 
 
 def experiment_of(**changes) -> Diffusion:
-    """The model of `changed_config`."""
-    return diffusion_of(changed_config(**changes))
+    """The model of `config_with`."""
+    return diffusion_of(config_with(**changes))
 
 
 def all_works(small: int, middle: int, *large: int) -> dict[str, Callable[[], Work]]:
@@ -177,7 +177,7 @@ def some_images(experiment, batch: int):
 
 
 def training(batch: int, precision: str, changes: dict, count: int = 1) -> Work:
-    config = changed_config(**changes)
+    config = config_with(**changes)
     experiment = diffusion_of(config)
     step, state = timed.training_step(config, experiment, some_params(experiment))
     blank = timed.blank(experiment, np.tile(np.arange(batch), (count, 1)))

@@ -25,7 +25,7 @@ def is_classifier(config: ConfigDict) -> bool:
 
 def diffusion_of(config: ConfigDict) -> Diffusion:
     """The model of a config."""
-    sde = _checked_sde(config)
+    sde = _valid_sde(config)
     hidden, num_classes = config.training.label_dropout, config.model.get("num_classes", 0)
     if hidden and not num_classes:
         raise UserError(f"training.label_dropout is {hidden}: expected 0 unless model.num_classes is set")
@@ -36,7 +36,7 @@ def diffusion_of(config: ConfigDict) -> Diffusion:
         apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys)
         return denoiser.noise_fn(apply, sde, data_range=(pixels.low, pixels.high), **config.denoiser)
 
-    init = _checked_init(config, network, pixels.shape)
+    init = _valid_init(config, network, pixels.shape)
     if not num_classes:
         return Diffusion(sde, pixels, init, noise_of)
     null = np.int32(num_classes) if hidden else None
@@ -45,10 +45,10 @@ def diffusion_of(config: ConfigDict) -> Diffusion:
 
 def classifier_of(config: ConfigDict) -> Classifier:
     """The classifier of a config."""
-    sde = _checked_sde(config)
+    sde = _valid_sde(config)
     network, pixels = network_of(config), space_of(config)
     apply = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
-    init = _checked_init(config, network, pixels.shape)
+    init = _valid_init(config, network, pixels.shape)
     return Classifier(sde, pixels, init, lambda params: logits_fn(apply(params), sde), config.model.num_outputs)
 
 
@@ -101,7 +101,7 @@ def loss_of(config: ConfigDict, trained: Diffusion | Classifier) -> Callable:
     fields, told, sde = config.training, config.denoiser, trained.sde
 
     def preprocess(key, image):
-        image = space.randomly_flipped(key, image) if config.data.random_flip else image
+        image = space.random_flip(key, image) if config.data.random_flip else image
         return trained.space.encode(key, image)
 
     def times(key):
@@ -155,7 +155,7 @@ def checked_labels(images: Images, num_classes: int, field: str) -> Images:
     return images._replace(take=take)
 
 
-def _checked_sde(config: ConfigDict) -> SDE:
+def _valid_sde(config: ConfigDict) -> SDE:
     """The SDE, with all else refused that can be before there is a network.
 
     That is what names no row of the four tables, and a chain that ends where alpha is 0.
@@ -181,7 +181,7 @@ def _checked_sde(config: ConfigDict) -> SDE:
     return sde
 
 
-def _checked_init(config: ConfigDict, network, shape: tuple[int, int, int]) -> Callable:
+def _valid_init(config: ConfigDict, network, shape: tuple[int, int, int]) -> Callable:
     """key -> parameters before training; refused if the network cannot take images of this shape."""
     init = jax.jit(lambda key: network.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)))["params"])
     try:

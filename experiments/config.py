@@ -106,7 +106,7 @@ def fits(value, default) -> bool:
     return isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
 
 
-def packaged() -> Iterator[tuple[str, ConfigDict]]:
+def package_configs() -> Iterator[tuple[str, ConfigDict]]:
     """Every config of this package, with its file as it is given to --config."""
     folder = pathlib.Path(configs.__file__).parent
     for path in sorted(folder.rglob("[!_]*.py")):

@@ -1,4 +1,4 @@
-"""Samples drawn batch by batch, by any of three methods, and written: what sample.py does.
+"""Samples samples batch by batch, by any of three methods, and written: what sample.py does.
 
 A stopped run of many batches goes on after its last one. A sample depends on its index and the seed alone.
 """
@@ -44,7 +44,7 @@ class Method(NamedTuple):
 # ------------------------------------------------------------------------------------------------ methods
 
 
-def tabled(
+def few_step(
     model: runs.Model,
     solver: str,
     steps: int,
@@ -88,7 +88,7 @@ def tabled(
     return Method(draw, solver, steps, steps, options, tuple(hashes))
 
 
-def predictor_corrected(
+def pc(
     model: runs.Model, steps: int, options: dict | None = None, *, seed: int = 0, known: Known | None = None
 ) -> Method:
     """The predictor-corrector sampler, whose options are the config's where none are given; known: what is restored."""
@@ -130,7 +130,7 @@ def predictor_corrected(
     advance = parallel.pmap(advance, in_axes=(0, 0, 0, 0, None, None))
     times, params = np.asarray(predictor_corrector.times(diffusion.sde, steps)), parallel.replicate(model.params)
 
-    def draw(index, told):
+    def draw(index, report):
         shards = parallel.shard((index, given_to(index)))
         update = start(shards[0])
         for first in range(0, steps, CHUNK):
@@ -140,13 +140,13 @@ def predictor_corrected(
                 for k in range(first, last):  # again, one by one, to find the first
                     before = advance(params, *shards, before, k, k + 1)
                     refuse_not_finite(parallel.gather(before.x), index, f"step {k + 1}", times[k])
-            told(last - first)
+            report(last - first)
         return parallel.gather(update.mean if options["denoise"] else update.x), nfe
 
     return Method(draw, "pc", steps, nfe, options, () if known is None else tuple(known.identity()))
 
 
-def adaptive(model: runs.Model, options: dict | None = None, *, seed: int = 0, pairs: bool = False) -> Method:
+def ode(model: runs.Model, options: dict | None = None, *, seed: int = 0, pairs: bool = False) -> Method:
     """The ODE solved to a tolerance; pairs: decode what lies between the latents of pairs of test images."""
     diffusion, options = model.diffusion, options or {}
     defaults = dict(rtol=1e-5, atol=1e-5, temperature=1.0, denoise=model.config.sampling.denoise)
@@ -215,7 +215,7 @@ def refuse_not_finite(x, index, where: str, t: float):
 # ------------------------------------------------------------------------------------------------ samples
 
 
-class Drawn(NamedTuple):
+class Samples(NamedTuple):
     """Samples, and what they took."""
 
     images: np.ndarray  # uint8 (n, H, W, C)
@@ -224,7 +224,7 @@ class Drawn(NamedTuple):
     failure: UserError | None = None  # what ended the drawing early
 
 
-def samples(
+def sample(
     model: runs.Model,
     solver: str = "dpmv3",
     steps: int = 10,
@@ -241,17 +241,17 @@ def samples(
     guidance: without a classifier; label: their class, all by turns if None. EMS are measured if dpmv3 has none.
     """
     ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
-    bent = runs.bent(model, guidance, label=label)
-    method = tabled(bent, solver, steps, options, seed=seed, ems=ems, guidance_scale=guidance.scale)
-    drawn = draw(bent, method, n, batch_size=min(model.config.sampling.batch_size, parallel.round_up(n)))
-    if drawn.failure is not None:
-        raise drawn.failure
-    return drawn.images
+    model = runs.with_guidance(model, guidance, label=label)
+    method = few_step(model, solver, steps, options, seed=seed, ems=ems, guidance_scale=guidance.scale)
+    samples = draw(model, method, n, batch_size=min(model.config.sampling.batch_size, parallel.round_up(n)))
+    if samples.failure is not None:
+        raise samples.failure
+    return samples.images
 
 
 def draw(
     model: runs.Model, method: Method, n: int, *, batch_size: int, unfinished: pathlib.Path | None = None
-) -> Drawn:
+) -> Samples:
     """n samples; unfinished: a folder for finished batches, from which a stopped call goes on.
 
     Where a batch fails and others have not, what was drawn before it comes back with the failure.
@@ -280,7 +280,7 @@ def draw(
             images.append(batch["images"])
     if not images:
         raise failure
-    return Drawn(np.concatenate(images)[:n], evaluations, seconds, failure)
+    return Samples(np.concatenate(images)[:n], evaluations, seconds, failure)
 
 
 def read_batch(path: pathlib.Path) -> dict | None:
@@ -300,44 +300,44 @@ def draw_and_write(
     *,
     batch_size: int,
     seed: int,
-    told: dict,
+    bending: dict,
     identities: tuple = (),
     known: Known | None = None,
     columns: int | None = None,
-) -> Drawn:
+) -> Samples:
     """Write n samples to a folder: samples.npz (uint8 NHWC, key `samples`), grid.png, run.json.
 
-    told: what bends the model, by the names of its flags, for run.json; identities: of what takes part besides the
+    bending: what bends the model, by the names of its flags, for run.json; identities: of what takes part besides the
     model, which tell whether batches left behind are those of this call; columns: of the grid.
     """
-    identity = (model.identity, *identities, method.identity, method.solver, method.steps, method.options, told, seed)
-    unfinished = folder / f"unfinished-{features.fingerprint(*identity, batch_size)}"
-    drawn = draw(model, method, n, batch_size=batch_size, unfinished=unfinished)
+    how = (method.identity, method.solver, method.steps, method.options, bending, seed, batch_size)
+    unfinished = folder / f"unfinished-{features.fingerprint(model.identity, *identities, *how)}"
+    samples = draw(model, method, n, batch_size=batch_size, unfinished=unfinished)
     if known is not None:
-        drawn = drawn._replace(images=known.put_back(drawn.images))
+        samples = samples._replace(images=known.put_back(samples.images))
     record = dict(
         model=dict(workdir=str(model.workdir), step=model.step, identity=model.identity),
         solver=method.solver,
         steps=method.steps,
-        nfe=max(drawn.evaluations),
+        nfe=max(samples.evaluations),
         options=method.options,
-        **told,
+        **bending,
         seed=seed,
-        num_samples=len(drawn.images),
+        num_samples=len(samples.images),
         batch_size=batch_size,
-        seconds_per_batch=float(np.median(drawn.seconds)),
-        seconds_of_first_batch=drawn.seconds[0],
+        seconds_per_batch=float(np.median(samples.seconds)),
+        seconds_of_first_batch=samples.seconds[0],
         devices=jax.device_count(),
         platform=jax.default_backend(),
         versions=dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0]),
         command=" ".join(sys.argv),
     )
-    files.save_npz(folder / "samples.npz", dict(samples=drawn.images), compressed=True)
+    files.save_npz(folder / "samples.npz", dict(samples=samples.images), compressed=True)
     if known is None:
-        figures.save_grid(folder / "grid.png", drawn.images[:256], columns)
+        figures.save_grid(folder / "grid.png", samples.images[:256], columns)
     else:
-        known.save_grid(folder / "grid.png", drawn.images)
+        known.save_grid(folder / "grid.png", samples.images)
     files.write(folder / "run.json", json.dumps(record, indent=2) + "\n")
     if parallel.writes():
         shutil.rmtree(unfinished, ignore_errors=True)
-    return drawn
+    return samples

@@ -48,9 +48,9 @@ class Options(NamedTuple):
     label: int | None = None  # class of their samples; all by turns if None
     classifier: runs.TrainedClassifier | None = None  # guides in the place of the model's own classes
 
-    def bend(self, model: runs.Model) -> runs.Model:
+    def guide(self, model: runs.Model) -> runs.Model:
         """The model as it is sampled."""
-        return runs.bent(model, self.guidance, label=self.label, classifier=self.classifier)
+        return runs.with_guidance(model, self.guidance, label=self.label, classifier=self.classifier)
 
     def ways(self, model: runs.Model) -> list[tuple[str, int]]:
         """Each solver with each number of evaluations."""
@@ -62,12 +62,12 @@ class Options(NamedTuple):
         own = self.guidance if self.classifier is None else measuring.NONE
         return measuring.ems_of(model, self.ems, own) if solver == "dpmv3" else None
 
-    def told(self) -> dict:
+    def bending(self) -> dict:
         """What bends the model, for the record; empty where nothing does."""
         scale, interval, threshold, _ = self.guidance
         workdir = None if self.classifier is None else str(self.classifier.workdir)
-        told = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, classifier=workdir)
-        return {name: value for name, value in told.items() if value is not None}
+        bending = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, classifier=workdir)
+        return {name: value for name, value in bending.items() if value is not None}
 
 
 def evaluate(model: runs.Model, metrics: list[str], options: Options, name: str = ".") -> dict:
@@ -160,11 +160,11 @@ def convergence(model: runs.Model, folder, options: Options) -> Iterator[dict]:
 
     Of the model without conditions, unless something guides it.
     """
-    told, fields = options.told(), model.config.eval
-    bent = options.bend(model)
-    diffusion = bent.diffusion if told else bent.diffusion._replace(conditions=lambda index: None)
+    bending, fields = options.bending(), model.config.eval
+    sampled = options.guide(model)
+    diffusion = sampled.diffusion if bending else sampled.diffusion._replace(conditions=lambda index: None)
     n = parallel.round_up(fields.num_samples)
-    sample = samplers.sampler(diffusion, bent.params, options.seed)
+    sample = samplers.sampler(diffusion, sampled.params, options.seed)
     solve = lambda table: sample(table, np.arange(n))
 
     ems = options.ems_for("dpmv3", model)
@@ -181,18 +181,18 @@ def convergence(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     uncertainty = samplers.rms(fine - coarser) / 3
     figures.save_convergence(folder / "convergence.png", steps, distances, f"{model.name}, {n} noises")
     result = dict(steps=steps, rms=distances, fine_steps=fields.fine_steps, fine_uncertainty=uncertainty, noises=n)
-    yield result | dict(ems=ems.origin) | told
+    yield result | dict(ems=ems.origin) | bending
 
 
 def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     """A picture of the first samples, as many as the config's batches have."""
-    bent = options.bend(model)
+    sampled = options.guide(model)
     solver, steps = options.ways(model)[0]
-    sample = samplers.sampler(bent.diffusion, bent.params, options.seed)
-    way = quality.drawer(bent, sample, solver, steps, options.ems_for(solver, model), options.guidance.scale)
+    sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
+    way = quality.drawer(sampled, sample, solver, steps, options.ems_for(solver, model), options.guidance.scale)
     figures.save_grid(folder / "samples.png", way.images_of(0, way.batch_size)[:256])
     about = dict(solver=solver, steps=steps, options=way.options, num_samples=min(way.batch_size, 256))
-    yield about | options.told()
+    yield about | options.bending()
 
 
 def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict]:
@@ -200,11 +200,11 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
 
     Sampler and feature network are compiled once for all of them.
     """
-    bent, network = options.bend(model), options.network(model.config)
-    sample = samplers.sampler(bent.diffusion, bent.params, options.seed)
+    sampled, network = options.guide(model), options.network(model.config)
+    sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
     for solver, steps in options.ways(model):
         yield quality.of_samples(
-            bent,
+            sampled,
             solver,
             steps,
             sample=sample,
@@ -214,7 +214,7 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
             ems=options.ems_for(solver, model),
             guidance_scale=options.guidance.scale,
             reference_path=options.reference,
-            told=options.told(),
+            bending=options.bending(),
         )
 
 

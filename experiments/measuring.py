@@ -17,7 +17,7 @@ from experiments import build, figures, program, runs, samplers
 from score_sde import VERSION, data, files, parallel
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
-from score_sde.guidance import Guidance, guided
+from score_sde.guidance import Guidance, guide
 from solvers.dpm_solver import dpm_solver_pp
 
 NONE = Guidance()
@@ -154,7 +154,7 @@ def measure(
     guidance: whose classifier-free scale bends what is measured; thresholds and intervals have no part in statistics.
     """
     guidance_scale = guidance.own_scale
-    diffusion = guided(model.diffusion, Guidance(guidance_scale))
+    diffusion = guide(model.diffusion, Guidance(guidance_scale))
     sde, shape = diffusion.sde, diffusion.space.shape
     t_end = sde.t_min if t_end is None else t_end
     node = estimate.nodes(sde, nodes, t_end=t_end)
@@ -192,9 +192,9 @@ def measure(
         print(f"EMS: already measured, {path}")
         return path
     evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), shape) / 1e6
-    bent = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
+    about = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
     print(
-        f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{bent}: "
+        f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{about}: "
         f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +321,7 @@ def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
         whole, names = moments.add(whole, part, (names, path)), f"{names}, {path}"
     path = path_of(model, whole.origin)
     print(f"EMS: {len(paths)} measurements, {whole.origin['num_data']} images of {whole.origin['data']}")
-    diffusion = guided(model.diffusion, Guidance(whole.origin["guidance_scale"]))
+    diffusion = guide(model.diffusion, Guidance(whole.origin["guidance_scale"]))
     write(model._replace(diffusion=diffusion), path, whole)
     return path
 

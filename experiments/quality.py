@@ -91,17 +91,17 @@ def of_samples(
     ems: EMS | None = None,
     guidance_scale: float | None = None,
     reference_path: str | None = None,
-    told: dict | None = None,
+    bending: dict | None = None,
 ) -> dict:
     """Distances of the model's first n samples to the training images; finished batches stay in eval/.
 
-    model: guided or not; sample: `samplers.sampler` of it and this seed; told: what guides it, for the record.
+    model: guided or not; sample: `samplers.sampler` of it and this seed; bending: what guides it, for the record.
     """
     way = drawer(model, sample, solver, steps, ems, guidance_scale)
-    told = told or {}
+    bending = bending or {}
     arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(way.table)]
-    guided = [told] if told else []
-    identity = features.fingerprint(model.identity, solver, arrays, seed, network.identity(), *guided)
+    apart = [bending] if bending else []
+    identity = features.fingerprint(model.identity, solver, arrays, seed, network.identity(), *apart)
     found = features.measure(
         network,
         way.images_of,
@@ -110,9 +110,9 @@ def of_samples(
         folder=model.results / "eval" / f"step{model.step}-{solver}-{steps}-seed{seed}-{identity}",
         progress=functools.partial(program.progress, desc=f"samples by {solver}", unit="batch"),
     )
-    result = compared(model.config, network, found, reference_path) | told
+    result = compared(model.config, network, found, reference_path) | bending
     title = f"{n} samples by {solver}, {steps} evaluations, seed {seed}"
-    title += "".join(f", {name} {value}" for name, value in told.items())
+    title += "".join(f", {name} {value}" for name, value in bending.items())
     return result | dict(title=title, solver=solver, steps=steps, options=way.options)
 
 

@@ -10,10 +10,10 @@ import pathlib
 
 from score_sde.errors import UserError, one_line
 
-BENT = ("guidance", "interval", "threshold", "label", "classifier")  # what a result may tell of how a model was bent
+BENDING = ("guidance", "interval", "threshold", "label", "classifier")  # what a result may tell of what bends a model
 # What tells two results of "fid" apart; a result that agrees in all takes the place of the earlier one.
 ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
-ROW += BENT
+ROW += BENDING
 
 
 def read(folder: pathlib.Path) -> dict | None:
@@ -56,15 +56,15 @@ def table(header: list, rows: list[list]) -> list[str]:
     return [line(header), "|---" * len(header) + "|", *map(line, rows)]
 
 
-def sampled_by(result) -> str:
-    """The solver of a result, and what bent the model."""
-    return result["solver"] + "".join(f", {key} {result[key]}" for key in BENT if result.get(key) is not None)
+def way(result) -> str:
+    """The solver of a result, and what bends the model."""
+    return result["solver"] + "".join(f", {key} {result[key]}" for key in BENDING if result.get(key) is not None)
 
 
 def samples_lines(result) -> list[str]:
     n, steps, seed = (result[key] for key in ("num_samples", "steps", "seed"))
     return [
-        f"{n} samples by {sampled_by(result)}, {steps} evaluations, seed {seed}",
+        f"{n} samples by {way(result)}, {steps} evaluations, seed {seed}",
         "",
         "![samples](samples.png)",
     ]
@@ -169,7 +169,7 @@ def by_evaluations(results) -> list[str]:
     lines = []
     group = lambda result: (result["num_samples"], result["seed"])
     for n, seed in dict.fromkeys(map(group, results)):
-        cells = {(sampled_by(r), r["steps"]): f"{r['frechet']:.4g}" for r in results if group(r) == (n, seed)}
+        cells = {(way(r), r["steps"]): f"{r['frechet']:.4g}" for r in results if group(r) == (n, seed)}
         solvers, steps = list(dict.fromkeys(solver for solver, _ in cells)), sorted({steps for _, steps in cells})
         if len(solvers) > 1 and len(steps) > 1:
             rows = [[solver, *(cells.get((solver, k), "") for k in steps)] for solver in solvers]
@@ -203,7 +203,7 @@ def fid_lines(results) -> list[str]:
                 ["solver", "evaluations", "samples", "seed", distance, "floor", "score", kernel, "precision", "recall"],
                 [
                     [
-                        sampled_by(row),
+                        way(row),
                         row["steps"],
                         row["num_samples"],
                         row["seed"],
@@ -280,7 +280,7 @@ def headline(report: dict) -> dict[str, str]:
     if "encoding" in report:
         found["RMS there and back"] = f"{report['encoding']['rms']:.1e}"
     for row in report.get("fid", []):
-        what = f"{row['distance']} of {row['num_samples']} by {sampled_by(row)} {row['steps']}"
+        what = f"{row['distance']} of {row['num_samples']} by {way(row)} {row['steps']}"
         found[what] = f"{row['frechet']:.4g} (floor {row['floor']:.4g})"
     if "convergence" in report:
         study = report["convergence"]

@@ -15,7 +15,7 @@ from experiments.config import check_fields, check_values, flat
 from score_sde import checkpoint, files, parallel
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError, one_line
-from score_sde.guidance import OF_CLASSES, Classifier, Guidance, guided
+from score_sde.guidance import OF_CLASSES, Classifier, Guidance, guide
 
 RUNS = pathlib.Path("runs")
 PRETRAINED = pathlib.Path(os.path.relpath(pathlib.Path(__file__).resolve().parents[1] / "pretrained"))
@@ -225,7 +225,7 @@ def _averaged(folder: pathlib.Path, template, step: int | None) -> tuple[dict, i
     return params, step, checkpoint.identity(params)
 
 
-def bent(
+def with_guidance(
     model: Model, guidance: Guidance, *, label: int | None = None, classifier: TrainedClassifier | None = None
 ) -> Model:
     """The model guided; its params are a pair if `classifier`, whose part in `guidance` this adds, guides it.
@@ -235,7 +235,7 @@ def bent(
     if classifier is not None:
         guidance = guidance._replace(classifier=classifier.classifier)
         model = model._replace(params=(model.params, classifier.params))
-    diffusion = guided(model.diffusion, guidance)
+    diffusion = guide(model.diffusion, guidance)
     if label is None:
         return model._replace(diffusion=diffusion)
     if not diffusion.num_classes:

@@ -1,7 +1,7 @@
 """What bends a model while sampling: each function takes NoiseFns, (x, t) -> eps, and returns one.
 
 They compose: guidance first, then a guidance interval, then thresholding, which sees what the solver would see. A
-`Guidance` is the choice of them as a value; `guided` applies it to a whole Diffusion.
+`Guidance` is the choice of them as a value; `guide` applies it to a whole Diffusion.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Guidance(NamedTuple):
         return None if self.classifier is not None or self.scale == 1 else self.scale
 
 
-def guided(diffusion: Diffusion, guidance: Guidance) -> Diffusion:
+def guide(diffusion: Diffusion, guidance: Guidance) -> Diffusion:
     """The model bent by `guidance`; with a classifier its params are the pair (model's, classifier's).
 
     A conditional model is guided by a classifier towards the classes that condition it. UserError where the model or

@@ -55,6 +55,6 @@ def to_uint8(x, *, centered: bool):
     return jnp.clip(255.0 * to_unit(x, centered=centered) + 1e-4, 0.0, 255.0).astype(jnp.uint8)
 
 
-def randomly_flipped(key, image):
+def random_flip(key, image):
     """The image (H, W, C) or its mirror image; the key's other half is left to `Space.encode`."""
     return jnp.where(jax.random.bernoulli(jax.random.split(key)[0]), image[:, ::-1], image)

@@ -11,14 +11,14 @@ import numpy as np
 from score_sde.sde import SDE
 from solvers import grids
 from solvers.dpm_solver import check_options
-from solvers.tableau import Integrator, Tableau, checked
+from solvers.tableau import Integrator, Tableau, verify
 
 ORDERS = (1, 2, 3, 4)
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _PANELS = 32
 
 
-@checked
+@verify
 def deis(
     sde: SDE, steps: int, *, order: int = 4, grid: str | Sequence = "quadratic", t_end: float | None = None
 ) -> Tableau:

@@ -21,7 +21,7 @@ import numpy as np
 from score_sde.errors import UserError
 from score_sde.sde import SDE
 from solvers import grids
-from solvers.tableau import Integrator, Tableau, checked, denoised
+from solvers.tableau import Integrator, Tableau, denoised, verify
 
 ORDERS = (1, 2, 3)
 METHODS = ("multistep", "singlestep", "singlestep_fixed")
@@ -51,7 +51,7 @@ def check_options(name: str, steps: int, order: int, orders, **choices):
         )
 
 
-@checked
+@verify
 def dpm_solver_pp(
     sde: SDE,
     steps: int,
@@ -76,7 +76,7 @@ def dpm_solver_pp(
     return _build("DPM-Solver++", True, sde, steps, *options)
 
 
-@checked
+@verify
 def dpm_solver(
     sde: SDE,
     steps: int,
@@ -99,7 +99,7 @@ def ddim(sde: SDE, steps: int, *, grid: str | Sequence = "logsnr", t_end: float 
     return dpm_solver_pp(sde, steps, order=1, grid=grid, t_end=t_end)
 
 
-@checked
+@verify
 def sde_dpm_solver_pp(
     sde: SDE,
     steps: int,

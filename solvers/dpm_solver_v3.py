@@ -22,7 +22,7 @@ from ems.statistics import EMS, check_sde
 from score_sde.errors import UserError
 from score_sde.sde import SDE
 from solvers import grids
-from solvers.tableau import Tableau, checked, empty
+from solvers.tableau import Tableau, empty, verify
 
 ORDERS = (1, 2, 3)
 CORRECTOR = {"on": lambda t: True, "off": lambda t: False, "half": lambda t: t > 0.5}
@@ -76,7 +76,7 @@ def published_options(steps: int, sde: SDE, *, latent: bool = False, guidance_sc
     return options | dict(order=min(options["order"], steps), t_end=t_end)
 
 
-@checked(exact=False)
+@verify(exact=False)
 def dpm_solver_v3(
     sde: SDE,
     steps: int,

@@ -10,10 +10,10 @@ import numpy as np
 from score_sde.errors import UserError
 from score_sde.sde import SDE
 from solvers import grids
-from solvers.tableau import Integrator, Tableau, checked, denoised
+from solvers.tableau import Integrator, Tableau, denoised, verify
 
 
-@checked
+@verify
 def heun(sde: SDE, steps: int, *, grid: str | Sequence = "edm", t_end: float | None = None) -> Tableau:
     """steps // 2 Heun steps of two evaluations each, and for odd `steps` the Euler step from t_end to sigma = 0."""
     if steps < 2:

@@ -13,7 +13,7 @@ from score_sde.errors import UserError
 from score_sde.sde import SDE
 from solvers import grids
 from solvers.dpm_solver import check_options
-from solvers.tableau import Integrator, Tableau, checked
+from solvers.tableau import Integrator, Tableau, verify
 
 ADAMS_BASHFORTH = {  # number of evaluations: weights, the newest first
     1: np.array([1.0]),
@@ -28,7 +28,7 @@ WARM_UP = {
 }
 
 
-@checked
+@verify
 def ipndm(
     sde: SDE, steps: int, *, order: int = 4, grid: str | Sequence = "time", t_end: float | None = None
 ) -> Tableau:
@@ -42,7 +42,7 @@ def ipndm(
     return integrator.tableau
 
 
-@checked
+@verify
 def pndm(sde: SDE, steps: int, *, order: int = 4, grid: str | Sequence = "time", t_end: float | None = None) -> Tableau:
     """PNDM in `steps` evaluations, which are more than its time steps.
 

@@ -30,7 +30,7 @@ from score_sde.sde import SDE
 
 
 class Tableau(NamedTuple):
-    """A solver for n evaluations with a history of K values of f; built in float64 on the host, see `checked`.
+    """A solver for n evaluations with a history of K values of f; built in float64 on the host, see `verify`.
 
     Trailing axes P are (1, 1, 1) for coefficients that all pixels share, (H, W, C) for coefficients per pixel.
 
@@ -58,7 +58,7 @@ class Tableau(NamedTuple):
         return self.predict.shape[1] - 2
 
 
-def checked(builder: Callable | None = None, *, exact: bool = True) -> Callable:
+def verify(builder: Callable | None = None, *, exact: bool = True) -> Callable:
     """The same function that builds tableaux, which are verified on the host before it hands them out.
 
     exact: whether rows are verified too, by `check_rows`; those of measured statistics have no such property.
@@ -66,7 +66,7 @@ def checked(builder: Callable | None = None, *, exact: bool = True) -> Callable:
     ValueError for a table that is built wrongly, UserError for times at which its numbers overflow.
     """
     if builder is None:
-        return functools.partial(checked, exact=exact)
+        return functools.partial(verify, exact=exact)
 
     @functools.wraps(builder)
     def build(*arguments, **options) -> Tableau:

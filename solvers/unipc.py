@@ -19,7 +19,7 @@ import numpy as np
 from score_sde.sde import SDE
 from solvers import grids
 from solvers.dpm_solver import check_options, phi
-from solvers.tableau import Integrator, Tableau, checked, denoised
+from solvers.tableau import Integrator, Tableau, denoised, verify
 
 ORDERS = range(1, 7)
 # the a_1 of a single D_1
@@ -27,7 +27,7 @@ VARIANTS = {"bh1": lambda h: 0.5, "bh2": lambda h: phi(1, h) / 2, "vary_coeff": 
 PREDICTIONS = ("noise", "data")
 
 
-@checked
+@verify
 def uni_pc(
     sde: SDE,
     steps: int,

@@ -90,10 +90,10 @@ from absl import flags
 import sample
 from experiments import drawing, program
 from score_sde.errors import UserError
-lines, tabled = {}, drawing.tabled
+lines, few_step = {}, drawing.few_step
 
 def failing(*arguments, **options):
-    method = tabled(*arguments, **options)
+    method = few_step(*arguments, **options)
     def fails_late(index, advance):
         drawing.refuse_not_finite(np.where(index == 4, np.nan, 0.0)[:, None, None, None], index, "evaluation 5", 0.1)
         return method.draw(index, advance)
@@ -101,7 +101,7 @@ def failing(*arguments, **options):
 
 for name, arguments in json.loads(sys.argv[1]).items():
     flags.FLAGS.unparse_flags()
-    drawing.tabled = failing if name == "second batch" else tabled
+    drawing.few_step = failing if name == "second batch" else few_step
     try:
         program._parse(["sample.py", f"--name={name}", *arguments])
         sample.main()

@@ -510,10 +510,10 @@ TEMPLATES = {}
 def test_builds(name, monkeypatch):
     """Its SDE and network exist and fit its images, and its docstring counts the parameters right."""
     config = load(name).get_config()
-    checked, key = build._checked_init, (config.model.to_json(), build.space_of(config).shape)
+    checked, key = build._valid_init, (config.model.to_json(), build.space_of(config).shape)
     if key not in TEMPLATES:
         TEMPLATES[key] = jax.eval_shape(checked(config, build.network_of(config), key[1]), jax.random.key(0))
-    monkeypatch.setattr(build, "_checked_init", lambda *_: lambda key: None)
+    monkeypatch.setattr(build, "_valid_init", lambda *_: lambda key: None)
     build.trainable(config)
     params = TEMPLATES[key]
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6

@@ -15,7 +15,7 @@ from score_sde import sources, space
 from score_sde.data import Images, Stream, permutation
 from score_sde.errors import UserError
 from score_sde.sources import load
-from score_sde.space import randomly_flipped, to_data_range, to_uint8, to_unit
+from score_sde.space import random_flip, to_data_range, to_uint8, to_unit
 
 RNG = np.random.default_rng(0)
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
@@ -134,7 +134,7 @@ def test_bad_batch_sizes(batch_size, process_count, message):
 def many(image, count, *, flip=False, centered=False, dequantize=False):
     """One image, encoded under many keys."""
     encode = space.pixels(image.shape, centered=centered, dequantize=dequantize).encode
-    one = lambda key: encode(key, randomly_flipped(key, image) if flip else image)
+    one = lambda key: encode(key, random_flip(key, image) if flip else image)
     return np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), count)))
 
 

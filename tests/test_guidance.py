@@ -364,7 +364,7 @@ def test_mistakes_in_guidance(mistake):
     diffusion = build.diffusion_of(digits_conditional.get_config())._replace(**fields)
     model = runs.Model(pathlib.Path("runs/by_class"), None, diffusion, {}, 8, "c0ffee")
     with pytest.raises(UserError, match=message):
-        runs.bent(model, samplers.guidance_of(**given), label=changes.get("label"))
+        runs.with_guidance(model, samplers.guidance_of(**given), label=changes.get("label"))
 
 
 def test_a_classifier_guides_a_conditional_model_too():
@@ -374,7 +374,7 @@ def test_a_classifier_guides_a_conditional_model_too():
     logits = lambda weight: lambda x, t: weight * x.reshape(len(x), 4)
     model = Diffusion(sde, space, None, conditional, np.int32(4), by_turns(4), 4)
     classifier = guidance.Classifier(sde, space, None, logits, 4)
-    bent = guidance.guided(model, guidance.Guidance(2.0, classifier=classifier))
+    bent = guidance.guide(model, guidance.Guidance(2.0, classifier=classifier))
     index, x, t = jnp.arange(6), jnp.asarray(reference.normal("x", (6, 2, 2, 1)), jnp.float32), jnp.full((6,), 0.5)
     y = bent.conditions(index)
     ours = bent.noise_of((3.0, 1.5), y)(x, t)
@@ -383,7 +383,7 @@ def test_a_classifier_guides_a_conditional_model_too():
     expected = plain + 2.0 * per_image(sde.sigma(t), x) * 1.5 * share.reshape(x.shape)
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     with pytest.raises(UserError, match="a classifier of 4 classes cannot guide a model of 3"):
-        guidance.guided(model._replace(num_classes=3), guidance.Guidance(2.0, classifier=classifier))
+        guidance.guide(model._replace(num_classes=3), guidance.Guidance(2.0, classifier=classifier))
 
 
 def test_a_condition_is_any_tree():

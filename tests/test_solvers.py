@@ -240,4 +240,4 @@ def test_the_worked_example():
 )
 def test_a_wrong_table_is_refused(changes, error, words):
     with pytest.raises(error, match=words):
-        tableau.checked(lambda: two_evaluations()._replace(**changes))()
+        tableau.verify(lambda: two_evaluations()._replace(**changes))()

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from experiments import build, program, runs
-from experiments.config import packaged
+from experiments.config import package_configs
 from score_sde import checkpoint, files, foreign, training
 from score_sde.errors import UserError
 from score_sde.models.published import from_flax, from_torch, to_torch
@@ -74,7 +74,7 @@ def import_checkpoint(file: str, config, workdir: pathlib.Path, *, raw: bool = F
 def fitting_configs(convert: Callable, params: dict) -> list[str]:
     """The files of configs/ whose network takes these parameters; the SDE is not told by them."""
     verdicts, fitting = {}, []
-    for path, config in packaged():
+    for path, config in package_configs():
         if build.is_classifier(config):
             continue
         shape = build.space_of(config).shape

@@ -21,7 +21,7 @@ from ems import statistics
 from ems.statistics import EMS
 from experiments import measuring, packed, program, runs
 from experiments import report as reports
-from experiments.config import flat, packaged, portable
+from experiments.config import flat, package_configs, portable
 from score_sde import files
 from score_sde.errors import UserError
 
@@ -53,7 +53,7 @@ def pack(model: runs.Model, name: str | None = None, ems_path: str | None = None
     name: under pretrained/, the run folder's if None; ems_path: the model's statistics, the best it has if None.
     """
     if not packed.is_packed(model.workdir):
-        model = packed_parameters(model, runs.PRETRAINED / (name or model.workdir.name))
+        model = pack_parameters(model, runs.PRETRAINED / (name or model.workdir.name))
     elif name not in (None, model.workdir.name):
         raise UserError(f"{model.workdir} is packed already: leave out --name={name}, or copy the folder")
     folder, results = model.workdir, model.results / "eval"
@@ -80,7 +80,7 @@ def pack(model: runs.Model, name: str | None = None, ems_path: str | None = None
     return folder
 
 
-def packed_parameters(run: runs.Model, folder: pathlib.Path) -> runs.Model:
+def pack_parameters(run: runs.Model, folder: pathlib.Path) -> runs.Model:
     """The packed model of a run; how that came about is kept with the parameters."""
     files.write(folder / "config.json", json.dumps(portable(run.config).to_dict(), indent=2) + "\n")
     own, *before = runs.history(run)
@@ -126,7 +126,7 @@ def evaluation(folder, metric: str) -> str:
 
 def training_command(config, name: str) -> str | None:
     """The command that trains such a model: a config of this package and what differs from it; None if it has none."""
-    theirs = dict(packaged()).get(f"configs/{name}.py")
+    theirs = dict(package_configs()).get(f"configs/{name}.py")
     if theirs is None:
         return None
     theirs = flat(theirs)

@@ -80,7 +80,7 @@ def search(
     """
     # ------------------------------------------------------------------------------ what to search
     ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
-    diffusion = runs.bent(model, guidance).diffusion
+    diffusion = runs.with_guidance(model, guidance).diffusion
     if guidance.scale is None:
         diffusion = diffusion._replace(conditions=lambda index: None)
     sde = diffusion.sde
