@@ -158,7 +158,7 @@ def held_out_loss(model: runs.Model, folder, options: Options) -> Iterator[dict]
 def convergence(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     """RMS distance to the fine solution for each solver of STUDY and number of evaluations.
 
-    Of the model without conditions, unless something guides it.
+    The model is taken without conditions, unless something guides it.
     """
     bending, fields = options.bending(), model.config.eval
     sampled = options.guide(model)

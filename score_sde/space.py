@@ -22,37 +22,21 @@ def pixels(shape: tuple[int, int, int], *, centered: bool = True, dequantize: bo
     """Pixels in [-1, 1] if centered, else in [0, 1].
 
     Levels x of 0..255 become x / 255, or with `dequantize` (x + u) / 256 with u uniform in [0, 1), whose density bounds
-    the likelihood of the levels (Theis et al. 2016, eq. 3).
+    the likelihood of the levels (Theis et al. 2016, eq. 3). They come back by truncation, the rule behind published
+    FIDs: floor(255 unit), clipped. The tolerance of 1e-4 of a level is ours: without it, rounding takes one from 63 of
+    the 256 levels in [-1, 1].
     """
+    from_unit = (lambda unit: 2.0 * unit - 1.0) if centered else lambda unit: unit
+    to_unit = (lambda x: (x + 1.0) / 2.0) if centered else lambda x: x
 
     def encode(key, image):
         level = image.astype(jnp.float32)
         if dequantize:
-            unit = (level + jax.random.uniform(jax.random.split(key)[1], image.shape)) / 256.0
-        else:
-            unit = level / 255.0
-        return to_data_range(unit, centered=centered)
+            return from_unit((level + jax.random.uniform(jax.random.split(key)[1], image.shape)) / 256.0)
+        return from_unit(level / 255.0)
 
-    low, high = to_data_range(0.0, centered=centered), to_data_range(1.0, centered=centered)
-    return Space(tuple(shape), encode, lambda x: to_uint8(x, centered=centered), low, high)
-
-
-def to_data_range(unit, *, centered: bool):
-    """[0, 1] to the data range of pixels: [-1, 1] if centered."""
-    return 2.0 * unit - 1.0 if centered else unit
-
-
-def to_unit(x, *, centered: bool):
-    """The inverse of `to_data_range`."""
-    return (x + 1.0) / 2.0 if centered else x
-
-
-def to_uint8(x, *, centered: bool):
-    """Data range to levels by truncation, the rule behind published FIDs: floor(255 unit), clipped; same shape.
-
-    The tolerance of 1e-4 of a level is ours: without it, rounding takes one from 63 of the 256 levels in [-1, 1].
-    """
-    return jnp.clip(255.0 * to_unit(x, centered=centered) + 1e-4, 0.0, 255.0).astype(jnp.uint8)
+    decode = lambda x: jnp.clip(255.0 * to_unit(x) + 1e-4, 0.0, 255.0).astype(jnp.uint8)
+    return Space(tuple(shape), encode, decode, from_unit(0.0), from_unit(1.0))
 
 
 def random_flip(key, image):

@@ -1,6 +1,5 @@
-"""Data: the stream's invariants, the published preprocessing, every format, and a clear line for every bad input."""
+"""Data: the stream's invariants, every format, and a clear line for every bad input."""
 
-import functools
 import gzip
 import io
 import threading
@@ -11,14 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from score_sde import sources, space
+from score_sde import sources
 from score_sde.data import Images, Stream, permutation
 from score_sde.errors import UserError
 from score_sde.sources import load
-from score_sde.space import random_flip, to_data_range, to_uint8, to_unit
 
 RNG = np.random.default_rng(0)
-LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
 
 
 def numbered(size):
@@ -126,57 +123,6 @@ def test_errors_in_the_thread_reach_the_caller():
 def test_bad_batch_sizes(batch_size, process_count, message):
     with pytest.raises(UserError, match=message):
         Stream(numbered(10), batch_size=batch_size, seed=0, process_count=process_count)
-
-
-# ---------------------------------------------------------------------------------------------------- model's range
-
-
-def many(image, count, *, flip=False, centered=False, dequantize=False):
-    """One image, encoded under many keys."""
-    encode = space.pixels(image.shape, centered=centered, dequantize=dequantize).encode
-    one = lambda key: encode(key, random_flip(key, image) if flip else image)
-    return np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), count)))
-
-
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("jit", [False, True])
-def test_every_level_survives_the_round_trip(centered, jit):
-    x = many(LEVELS, 1, centered=centered)
-    back = functools.partial(to_uint8, centered=centered)
-    np.testing.assert_array_equal((jax.jit(back) if jit else back)(x)[0], LEVELS)
-
-
-def test_to_uint8_truncates_and_clips():
-    unit = np.array([-1.0, 0.0, 0.9 / 255, 1.1 / 255, 254.9 / 255, 1.0, 2.0], np.float32)
-    np.testing.assert_array_equal(to_uint8(unit, centered=False), [0, 0, 0, 1, 254, 255, 255])
-    np.testing.assert_array_equal(to_uint8(2 * unit - 1, centered=True), [0, 0, 0, 1, 254, 255, 255])
-
-
-@pytest.mark.parametrize("centered", [False, True])
-def test_ranges(centered):
-    unit = np.linspace(0, 1, 5, dtype=np.float32)
-    x = to_data_range(unit, centered=centered)
-    assert (x.min(), x.max()) == ((-1, 1) if centered else (0, 1))
-    np.testing.assert_allclose(to_unit(x, centered=centered), unit, atol=1e-7)
-    image = many(LEVELS, 1, centered=centered)
-    assert image.dtype == np.float32
-    assert (image.min(), image.max()) == ((-1, 1) if centered else (0, 1))
-
-
-def test_flip_mirrors_width_with_probability_one_half():
-    image = np.broadcast_to(np.arange(3, dtype=np.uint8)[None, :, None], (2, 3, 1))
-    x = np.round(255 * many(image, 4000, flip=True)).astype(np.uint8)
-    flipped = (x == image[:, ::-1]).all((1, 2, 3))
-    assert (flipped | (x == image).all((1, 2, 3))).all()
-    assert abs(flipped.mean() - 0.5) < 0.04  # five standard deviations
-
-
-def test_dequantization_is_uniform_within_its_level():
-    x = 256 * many(LEVELS, 2000, dequantize=True).astype(np.float64)
-    u = x - LEVELS
-    assert u.min() >= 0 and u.max() <= 1
-    assert abs(u.mean() - 1 / 2) < 0.003 and abs(u.var() - 1 / 12) < 0.001  # five standard deviations
-    assert np.abs(u.mean(0) - 1 / 2).max() < 0.04  # at each level
 
 
 # ---------------------------------------------------------------------------------------------------------- formats
