@@ -162,6 +162,15 @@ def evaluate(folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def test_a_guided_model_has_rows_of_its_own():
+    """What bends the model tells rows apart, and stands beside the solver; a row of an older report is not guided."""
+    whole = dict(model=dict(workdir="run", step=1, identity="a"), fid=[quality()])
+    for scale, frechet in ((2.0, 0.4), (3.0, 0.3), (2.0, 0.2)):
+        whole = report.add(whole, "fid", quality(guidance=scale, interval=(0.1, 0.9), frechet=frechet))
+    assert [(row.get("guidance"), row["frechet"]) for row in whole["fid"]] == [(None, 0.5), (3.0, 0.3), (2.0, 0.2)]
+    assert "| ddim, guidance 2.0, interval [0.1, 0.9] | 5 |" in report.render(whole)
+
+
 def untrained_run(workdir, dataset: str, steps) -> None:
     """A run of a tiny network on 8x8 images whose checkpoints at `steps` are all untrained, but different."""
     config = digits.get_config()
