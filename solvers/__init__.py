@@ -1,6 +1,13 @@
 """Solvers and samplers: from noise to images with a NoiseFn."""
 
-from solvers import deis, dpm_solver, dpm_solver_v3, heun, pndm, unipc
+import functools
+
+import jax
+
+from score_sde.denoiser import NoiseFn
+from score_sde.errors import UserError
+from score_sde.sde import SDE
+from solvers import deis, dpm_solver, dpm_solver_v3, heun, pndm, tableau, unipc
 
 # Few-step solvers: name -> function (sde, steps, **options) -> Tableau; steps are network evaluations.
 SOLVERS = {
@@ -15,3 +22,24 @@ SOLVERS = {
     "ipndm": pndm.ipndm,
     "heun": heun.heun,
 }
+
+
+def sample(noise: NoiseFn, sde: SDE, key, shape: tuple[int, ...], steps: int, *, solver: str = "dpmpp", **options):
+    """Draw images of `shape` (B, H, W, C) with any NoiseFn by a few-step solver, on the default device.
+
+    steps: network evaluations. options: those of the solver's function, such as ems=... for dpmv3, whose other options
+        are the published ones for this number of evaluations if none is given.
+    UserError for an unknown solver. It compiles once for each NoiseFn and shape of table.
+    """
+    if solver not in SOLVERS:
+        raise UserError(f"unknown solver {solver!r}: use one of {', '.join(SOLVERS)}")
+    if solver == "dpmv3" and options.keys() <= {"ems"}:
+        options |= dpm_solver_v3.published_options(steps, sde)
+    table = SOLVERS[solver](sde, steps, **options)
+    prior_key, key = jax.random.split(key)
+    return _solve(noise, table, sde.prior_std * jax.random.normal(prior_key, shape), key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve(noise: NoiseFn, table: tableau.Tableau, x, key):
+    return tableau.solve(noise, table, x, lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape))
