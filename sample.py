@@ -63,12 +63,12 @@ def main():
     defaults, task, seed = plain.config.sampling, TASK.value, SEED.value
     solver = SOLVER.value or TASK_SOLVERS.get(task, defaults.solver)
     steps = STEPS.value or (defaults.pc_steps if solver == "pc" else defaults.steps)
-    options = samplers.parse_options(OPTION.value)
+    options, corrections = samplers.parse_options(OPTION.value), None
     if TABLEAU.value is not None:
         for flag in (SOLVER, STEPS, OPTION):
             if flag.value:
                 raise UserError(f"--tableau brings its own solver, steps and options: leave out --{flag.name}")
-        solver, steps, options = samplers.read_search(plain, TABLEAU.value)
+        solver, steps, options, corrections = samplers.read_search(plain, TABLEAU.value)
     n = NUM_SAMPLES.value or defaults.num_samples
     batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
@@ -95,7 +95,8 @@ def main():
         ems = measuring.ems_of(plain, EMS.value, own) if solver == "dpmv3" else None
         if ems is not None and classifier is not None:
             print("EMS: of the model alone, the classifier has no part in them; dpmpp needs none")
-        method = drawing.few_step(model, solver, steps, options, seed=seed, ems=ems, guidance_scale=guidance.scale)
+        bent = dict(ems=ems, guidance_scale=guidance.scale, corrections=corrections)
+        method = drawing.few_step(model, solver, steps, options, seed=seed, **bent)
 
     # ------------------------------------------------------------------------------ one call, and what is printed
     how = f"{method.evaluations} evaluations each, {shown(method.options | bending)}, seed {seed}"

@@ -25,6 +25,7 @@ from score_sde.errors import UserError
 from score_sde.guidance import Guidance
 from score_sde.metrics import features
 from solvers import predictor_corrector, probability_flow, tableau
+from solvers.learned import Corrections
 
 CHUNK = 25  # steps of the predictor-corrector sampler between two looks at the progress
 PER_PAIR = 8  # samples from one test image to another
@@ -53,8 +54,12 @@ def few_step(
     seed: int = 0,
     ems: EMS | None = None,
     guidance_scale: float | None = None,
+    corrections: Corrections | None = None,
 ) -> Method:
-    """A few-step solver. model: as sampled, guided or not; ems, guidance_scale: as for `samplers.build_tableau`."""
+    """A few-step solver. model: as sampled, guided or not; ems, guidance_scale: as for `samplers.build_tableau`.
+
+    corrections: what was learned for its table, if anything.
+    """
     diffusion, given = model.diffusion, options or {}
     table, options = samplers.build_tableau(diffusion.sde, solver, steps, ems, guidance_scale, **given)
     if ems is not None and "t_end" not in given:
@@ -63,6 +68,9 @@ def few_step(
             print(
                 f"sampling ends at t={options['t_end']:g}, as the EMS; for {t_end:g}: python -m ems --t_end={t_end:g}"
             )
+
+    if corrections is not None:
+        table = samplers.with_corrections(table, diffusion.sde, corrections)
 
     def one_device(params, table, index):
         keys = samplers.sample_keys(seed, index)

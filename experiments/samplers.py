@@ -5,6 +5,7 @@ import inspect
 import json
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
 from score_sde.sde import SDE
-from solvers import SOLVERS, predictor_corrector, tableau
+from solvers import SOLVERS, learned, predictor_corrector, tableau
 from solvers.dpm_solver_v3 import published_options
+from solvers.learned import Corrections
 from solvers.tableau import Tableau
 
 HISTORY = 4  # to which a sampler makes its tables alike
@@ -115,18 +117,46 @@ def guidance_of(scale: float | None = None, interval: str | None = None, thresho
     return Guidance(scale, (low, high), threshold)
 
 
-def read_search(model: Model, path: str) -> tuple[str, int, dict]:
-    """(solver, steps, options) of a file of `python -m tools.search`, refused unless it was made for this model."""
+class Searched(NamedTuple):
+    """What `python -m tools.search` writes: a solver, and the corrections of its table if they were learned."""
+
+    solver: str
+    steps: int
+    options: dict
+    corrections: Corrections | None
+
+
+def read_search(model: Model, path: str) -> Searched:
+    """The file of a search, refused unless it was made for this model."""
     try:
-        found = json.loads(pathlib.Path(path).read_text())
-        solver, steps, options, identity = (found[key] for key in ("solver", "steps", "options", "checkpoint"))
-        if not (fits(steps, 1) and fits(options, {}) and steps > 0):
+        record = json.loads(pathlib.Path(path).read_text())
+        solver, steps, options, identity = (record[key] for key in ("solver", "steps", "options", "checkpoint"))
+        corrections = record.get("corrections")
+        if not (fits(steps, 1) and fits(options, {}) and steps > 0 and fits(corrections or {}, {})):
             raise ValueError
+        if corrections:
+            corrections = Corrections(**{name: np.array(values, np.float32) for name, values in corrections.items()})
+            (n,), (_, width) = corrections.lam.shape, corrections.predict.shape
+            shapes = dict(predict=(n, width), correct=(n, width + 1), lam=(n,))
+            finite = all(np.isfinite(values).all() for values in corrections)
+            if not finite or {name: values.shape for name, values in corrections._asdict().items()} != shapes:
+                raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is no file of python -m tools.search: make one for this model") from None
     if identity != model.identity:
         raise UserError(f"{path} was searched for checkpoint {identity}, this is {model.identity}: search again")
-    return solver, steps, options
+    return Searched(solver, steps, options, corrections)
+
+
+def with_corrections(table: Tableau, sde: SDE, corrections: Corrections) -> Tableau:
+    """A solver's table with what was learned; UserError for corrections of another number of evaluations or history."""
+    table = jax.tree.map(np.float32, learned.with_history(table))
+    if corrections.predict.shape != (len(table.t), table.history + 1):
+        raise UserError(
+            f"these corrections are for {len(corrections.lam)} evaluations and a history of "
+            f"{corrections.predict.shape[1] - 1}, the table has {len(table.t)} and {table.history}: search again"
+        )
+    return jax.tree.map(np.asarray, learned.corrected(table, sde, corrections))
 
 
 def published_for(sde: SDE, steps: int, ems: EMS, guidance_scale: float | None = None) -> dict:

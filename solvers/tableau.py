@@ -202,12 +202,16 @@ def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
     )
 
 
-def solve(noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None, evaluations=None):
+def solve(
+    noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None, evaluations=None, *, unrolled: bool = False
+):
     """Integrate from x (B, H, W, C) at the tableau's first time to its end: (B, H, W, C) after len(t) evaluations.
 
     draw: i -> (B, H, W, C), the i-th standard normal draw; a tableau without noise makes none.
     evaluations: () how many rows are carried out, all of them if None; solvers of any length then share a program,
         which has no derivative in reverse mode.
+    unrolled: compile each evaluation by itself, which makes derivatives by the table many times as fast on a CPU, and
+        keep none of its inner values for reverse mode.
     Pure and jittable, with the tableau as an argument: another solver of the same shape does not recompile.
     """
     tableau = jax.tree.map(lambda table: jnp.asarray(table, x.dtype), tableau)
@@ -228,6 +232,7 @@ def solve(noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None, eva
     past = (jnp.zeros_like(x),) * tableau.history
     rows = jnp.arange(len(tableau.t)), tableau
     if evaluations is None:
-        return jax.lax.scan(step, (x, x, past), rows)[0][1]
+        step = jax.checkpoint(step) if unrolled else step
+        return jax.lax.scan(step, (x, x, past), rows, unroll=unrolled)[0][1]
     row = lambda i: jax.tree.map(lambda table: table[i], rows)
     return jax.lax.fori_loop(0, evaluations, lambda i, carry: step(carry, row(i))[0], (x, x, past))[1]

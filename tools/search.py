@@ -1,12 +1,16 @@
 """Find the times and options that a few-step solver does best with on a model.
 
     python -m tools.search --steps=5 [--solver=dpmv3] [--workdir=runs/digits] [--option order=2]
+    python -m tools.search --steps=5 --learn --minutes=20
     python sample.py --tableau=runs/digits/solvers/step3000-dpmv3-5.json
 
 What is minimised is the RMS distance to the fine solution of the ODE over some noises: first over the solver's options
 and the named grids, then over the times between t_max and the end, one at a time. (Optimised grids: GITS, Chen et al.
 2024; LD3, Tong et al. 2024; here together with measured statistics.) What is reported was measured on other noises. The
 result, a solver's name and options, is a small file that sample.py takes.
+
+GITS' own times are tried beside the named grids. With --learn corrections of the table itself follow, for half of the
+time (solvers/learned.py): weights of the solver and times that the network is told.
 """
 
 import functools
@@ -15,19 +19,23 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 
+import jax
 import numpy as np
 from absl import flags
 
 from experiments import measuring, program, runs, samplers
 from experiments.config import shown
 from score_sde import VERSION, files, parallel
+from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
+from solvers import gits, learned
 from solvers.dpm_solver import dpm_solver_pp
 from solvers.grids import GRIDS
+from solvers.learned import Corrections
 from solvers.search import CHOICES, descend
+from solvers.tableau import Tableau
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")
@@ -40,6 +48,7 @@ MINUTES = flags.DEFINE_float("minutes", 10.0, "The search stops here at the late
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
 
 
+LEARN = flags.DEFINE_bool("learn", False, "Learn corrections of the best table too, within the same minutes.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Search for the model guided with this scale.")
 
 
@@ -54,6 +63,7 @@ def main():
         minutes=MINUTES.value,
         seed=SEED.value,
         guidance=Guidance(GUIDANCE.value),
+        learn=LEARN.value,
     )
     how = f"over {NOISES.value} other noises, {SOLVER.value} in {STEPS.value} evaluations"
     print(f"\nRMS distance to the fine solution {how}:")
@@ -73,10 +83,12 @@ def search(
     minutes: float = 10.0,
     seed: int = 0,
     guidance: Guidance = measuring.NONE,
+    learn: bool = False,
 ) -> tuple[pathlib.Path, dict[str, float]]:
     """(the file written, the distance on other noises of the published table, the best named grid, the searched one).
 
     given: options to hold fixed; guidance: of the model that is searched for; without, it is the model alone.
+    learn: spend half of the time on corrections of the searched table, a further row.
     """
     # ------------------------------------------------------------------------------ what to search
     ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
@@ -87,14 +99,15 @@ def search(
     build = functools.partial(samplers.build_tableau, sde, solver, steps, ems, guidance.scale)
     published, _ = build(**given)
     fine = dpm_solver_pp(sde, model.config.eval.fine_steps, order=2)
-    tried_on, judge = (
-        distance_to(fine, samplers.sampler(diffusion, model.params, each), noises) for each in (seed + 1, seed)
-    )
-    deadline = time.monotonic() + 60 * minutes
+    index = np.arange(parallel.round_up(noises))
+    searching, judging = (Trajectories(diffusion, model.params, each, index, fine) for each in (seed + 1, seed))
+    end = time.monotonic() + 60 * minutes
+    seconds = 30 * minutes if learn else 60 * minutes
+    deadline = end - 60 * minutes + seconds
 
     def distance(options: dict) -> float:
         try:
-            return tried_on(build(**options)[0])
+            return searching.distance(build(**options)[0])
         except UserError:  # options that do not go together, or times that fall on one node
             return np.inf
 
@@ -106,24 +119,33 @@ def search(
     for grid, combination in itertools.product(grids, combinations):
         options = given | combination | {"grid": grid}
         tried.append((distance(options), options))
-        if time.monotonic() > deadline - 30 * minutes:  # half of the time is for the times
+        if time.monotonic() > deadline - seconds / 2:  # the rest is for the times
             break
     value, named = min(tried, key=lambda pair: pair[0])
     print(f"{len(tried)} combinations of options and grids; the best, {shown(named)}: {value:.4f}")
-    end = sde.t_min if ems is None else ems.t[-1]
-    times = np.array([*build(**named)[0].t, named.get("t_end") or end])
+    t_end = named.get("t_end") or (sde.t_min if ems is None else ems.t[-1])
+    if "grid" not in given:
+        cheap = cheapest_times(searching, steps, t_end)
+        along = named | {"grid": cheap.tolist()}
+        print(f"the times of GITS: {distance(along):.4f}")
+        named = min(named, along, key=distance)
+    times = np.array([*build(**named)[0].t, t_end])
     with_times = lambda lam: named | {"grid": sde.t_of_lam(lam).clip(times[-1], times[0]).tolist()}
     lam, value = descend(lambda lam: distance(with_times(lam)), sde.lam(times), deadline)
     options = with_times(lam)
 
     # ------------------------------------------------------------------------------ judge, write
-    rows = {"published": published, "best named grid": build(**named)[0], "searched": build(**options)[0]}
-    held_out = {name: judge(table) for name, table in rows.items()}
+    rows = {"published": published, "best grid": build(**named)[0], "searched": build(**options)[0]}
+    corrections = corrections_of(rows["searched"], searching, end) if learn else None
+    if learn:
+        rows["learned"] = samplers.with_corrections(rows["searched"], sde, corrections)
+    held_out = {name: judging.distance(table) for name, table in rows.items()}
     record = dict(
         solver=solver,
         steps=steps,
         options=options,
         checkpoint=model.identity,
+        corrections=corrections and {name: values.tolist() for name, values in corrections._asdict().items()},
         held_out_rms=held_out,
         searched_rms=value,
         noises=noises,
@@ -131,17 +153,58 @@ def search(
         command=" ".join(sys.argv),
         score_sde=VERSION,
     )
-    guided = "" if guidance.scale is None else f"-guidance{guidance.scale:g}"
-    path = model.results / "solvers" / f"step{model.step}-{solver}-{steps}{guided}.json"
+    named = f"step{model.step}-{solver}-{steps}"
+    named += "" if guidance.scale is None else f"-guidance{guidance.scale:g}"
+    path = model.results / "solvers" / f"{named}{'-learned' if learn else ''}.json"
     files.write(path, json.dumps(record, indent=2) + "\n")
     return path, held_out
 
 
-def distance_to(fine, sample: Callable, noises: int) -> Callable:
-    """tableau -> RMS distance, over pixels and noises, of its end points to those of the tableau `fine`."""
-    solve = lambda table: sample(table, np.arange(parallel.round_up(noises)))
-    ends = solve(fine)
-    return lambda table: samplers.rms(solve(table) - ends)
+class Trajectories:
+    """Draws of the prior of a seed, and the fine solutions from them by the table `fine`."""
+
+    def __init__(self, diffusion: Diffusion, params, seed: int, index: np.ndarray, fine: Tableau):
+        self.diffusion, self.params, self.index = diffusion, params, index
+        self.sample = samplers.sampler(diffusion, params, seed)
+        self.starts = np.asarray(samplers.prior(diffusion, samplers.sample_keys(seed, index)))
+        self.ends = self.sample(fine, index)
+        self.conditions = jax.tree.map(np.asarray, diffusion.conditions(index))
+
+    def distance(self, table: Tableau) -> float:
+        """RMS over pixels and noises between the ends of a table and the fine ones."""
+        return samplers.rms(self.sample(table, self.index) - self.ends)
+
+
+def cheapest_times(trajectories: Trajectories, steps: int, t_end: float) -> np.ndarray:
+    """The times of GITS along trajectories from at most 32 of the noises."""
+    starts, conditions = jax.tree.map(lambda values: values[:32], (trajectories.starts, trajectories.conditions))
+    noise = trajectories.diffusion.noise_of(trajectories.params, conditions)
+    return gits.times(noise, trajectories.diffusion.sde, starts, steps, t_end=t_end)
+
+
+def corrections_of(table: Tableau, trajectories: Trajectories, deadline: float) -> Corrections:
+    """The corrections of a table, learned on three quarters of the trajectories; the last quarter chooses."""
+    diffusion, n = trajectories.diffusion, len(trajectories.index)
+    batch = parallel.round_up(max(1, min(32, n // 4)))
+    n = n // batch * batch
+    if n < 2 * batch:
+        raise UserError(f"--learn on {n} noises: expected --noises={2 * batch} or more")
+    first = lambda tree: jax.tree.map(lambda values: values[:n], tree)
+
+    def progress(done, total, best):
+        print(f"learning: {done} of at most {total} iterations, RMS {best:.4f} on noises held out", flush=True)
+
+    return learned.learn(
+        diffusion.noise_of,
+        trajectories.params,
+        diffusion.sde,
+        table,
+        *first((trajectories.starts, trajectories.ends, trajectories.conditions)),
+        held_out=max(1, n // (4 * batch)) * batch,
+        batch_size=batch,
+        deadline=deadline,
+        progress=progress,
+    ).corrections
 
 
 if __name__ == "__main__":
