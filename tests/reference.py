@@ -1,7 +1,7 @@
 """Figures produced by the published implementations, and the recipe that makes the inputs and weights they belong to.
 
-The figures are not part of this repository. `REFERENCE_DIR` names their folder (default: `shared/reference` beside the
-checkout); tests that need them skip where it is absent.
+Some groups are in tests/reference/; `REFERENCE_DIR` names the folder of all (default: `shared/reference` beside the
+checkout). A test that asks for figures that are in neither is skipped, and says so.
 """
 
 import functools
@@ -13,34 +13,48 @@ import zlib
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(
-    os.environ.get("REFERENCE_DIR", pathlib.Path(__file__).resolve().parents[2] / "shared" / "reference")
+HERE = pathlib.Path(__file__).resolve()
+FOLDERS = (
+    pathlib.Path(os.environ.get("REFERENCE_DIR", HERE.parents[2] / "shared" / "reference")),
+    HERE.parent / "reference",
 )
-needs_reference = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason="the published implementations' figures are not here; set REFERENCE_DIR to their folder"
-)
+
+
+def find(name: str) -> pathlib.Path | None:
+    """The file of that name, None where it is in neither folder."""
+    return next((folder / name for folder in FOLDERS if (folder / name).is_file()), None)
+
+
+def file(name: str) -> pathlib.Path:
+    """The file of that name; skips the test that asks where it is absent."""
+    path = find(name)
+    if path is None:
+        pytest.skip(
+            f"the published implementations' {name} is not here; set REFERENCE_DIR to the folder of their figures"
+        )
+    return path
 
 
 @functools.cache
 def description(name: str) -> dict:
     """The JSON that describes the arrays of group file `name`."""
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads(file(f"{name}.json").read_text())
 
 
 def cases(name: str) -> dict:
     """The cases of a group file, empty where the figures are absent (so that parametrized tests collect nothing)."""
-    return description(name)["cases"] if FOLDER.is_dir() else {}
+    return description(name)["cases"] if find(f"{name}.json") else {}
 
 
 def rows(name: str) -> list[dict]:
     """The rows of a table file, empty where the figures are absent."""
-    return description(name)["rows"] if FOLDER.is_dir() else []
+    return description(name)["rows"] if find(f"{name}.json") else []
 
 
 @functools.cache
 def arrays(name: str) -> np.lib.npyio.NpzFile:
     """The arrays of group file `name`, under keys `case/array`."""
-    return np.load(FOLDER / f"{name}.npz")
+    return np.load(file(f"{name}.npz"))
 
 
 def rng(name: str) -> np.random.Generator:

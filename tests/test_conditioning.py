@@ -37,7 +37,6 @@ def known_part(x, values, mask):
     return np.where(mask > 0, values, x)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", reference.cases("D_controllable"))
 def test_published_inpainting_and_colorization(case, x64):
     """With the published end: what is unknown keeps the last step's noise, what is known is its mean if denoised."""
@@ -235,7 +234,6 @@ def conditional_cases(prefix):
     return [case for case in reference.cases("W_cond") if case.startswith(prefix)]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", conditional_cases("in_"))
 def test_published_guided_scores(case, dtype):
@@ -253,7 +251,6 @@ def test_published_guided_scores(case, dtype):
         assert worst(total, expected("total")) < TOLERANCES[info["classifier"]][dtype]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", conditional_cases("upd_"))
 def test_published_guided_updates(case, dtype):
@@ -278,7 +275,6 @@ def test_published_guided_updates(case, dtype):
         assert worst(update.mean, expected("x_mean")) < tolerance
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", conditional_cases("pc_"))
 def test_published_guided_runs(case, dtype):

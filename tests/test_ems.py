@@ -24,7 +24,6 @@ def published_draws(name: str, node: int, batch: int):
     return (reference.nhwc(values).astype(np.float64) for values in (zl, zf, signs))
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["vp", "cosine", "discrete", "edm", "cfg"])
 def test_published_statistics(name, x64):
     """Our one pass, fed the draws of the published two, gives their l, s, b in float64."""

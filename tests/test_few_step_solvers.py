@@ -52,7 +52,6 @@ def errors_of_rows(name: str, sde, noise, dtype) -> np.ndarray:
 MIXTURES = ["vp", "cosine", "discrete", "edm", "cfg"]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", MIXTURES)
 def test_published_solvers(name, x64):
     """DPM-Solver and DPM-Solver++ in all their forms, UniPC and Heun, against the published float64 end points."""
@@ -60,7 +59,6 @@ def test_published_solvers(name, x64):
     assert errors_of_rows(name, sde, noise, jnp.float64).max() < 1e-9
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", MIXTURES)
 def test_published_solvers_in_float32(name, x64):
     """1e-5 in float32, or what a float32 network alone makes unavoidable, by the rule of DPM-Solver-v3's test.
@@ -82,12 +80,10 @@ def test_published_solvers_in_float32(name, x64):
     assert np.median(errors) < 3e-6
 
 
-@reference.needs_reference
 def test_published_solvers_on_a_network(x64):
     assert errors_of_rows("net", sde_lib.VP(), tame_noise(), jnp.float64).max() < 1e-9
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", reference.cases("E_schedules"))
 def test_published_grids_and_singlestep_times(name):
     stored, info = reference.arrays("E_schedules"), reference.cases("E_schedules")[name]

@@ -44,7 +44,6 @@ def mixture_noise(sde, condition):
 # ------------------------------------------------------------------------------------------------ published
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", reference.cases("E_model_wrapper"))
 def test_published_model_wrapper(case, x64):
     """Noise from each kind of network output and of guidance, in one call, and what the network is told of the time."""
@@ -82,7 +81,6 @@ def test_published_model_wrapper(case, x64):
     np.testing.assert_allclose(times, get("model_input_time"), rtol=1e-6)
 
 
-@reference.needs_reference
 def test_published_dpm_solver_v3_of_a_guided_model(x64):
     """Every row of the published table, through `classifier_free`."""
     sde = problem("cfg")[0]
@@ -99,7 +97,6 @@ def thresholding_options(info) -> dict:
     return dict(quantile=info["dynamic_thresholding_ratio"], minimum=info["thresholding_max_val"])
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", [c for c in reference.cases("E_extra") if c.startswith("threshold_fn")])
 def test_published_dynamic_thresholding(case, x64):
     sde, stored, t = sde_lib.VP(), reference.arrays("E_extra"), jnp.float64(0.3)
@@ -111,7 +108,6 @@ def test_published_dynamic_thresholding(case, x64):
     np.testing.assert_allclose(ours, reference.nhwc(stored[f"{case}/y_f64"]), atol=1e-12)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", [c for c in reference.cases("E_extra") if c.startswith("thresholded_")])
 def test_published_thresholded_solvers(case, x64):
     """DPM-Solver++ and UniPC."""
@@ -127,7 +123,6 @@ def test_published_thresholded_solvers(case, x64):
 # ------------------------------------------------------------------------------------------------ guidance
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("sde", [sde_lib.VP(), sde_lib.SubVP(), sde_lib.VE()], ids=lambda sde: type(sde).__name__)
 def test_both_guidances_are_bayes_rule(sde, x64):
     """With the exact posterior they are one: p_scale(x | y) is proportional to p(x) p(y | x)^scale."""

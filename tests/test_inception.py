@@ -29,7 +29,7 @@ ALWAYS = ("tf/32",)
 
 def cases() -> list[str]:
     """All mode/size pairs of the figures."""
-    if not reference.FOLDER.is_dir():
+    if not reference.find(f"{GROUP}.json"):
         return []
     keys = reference.description(GROUP)["arrays"]
     return sorted({"/".join(key.split("/")[:2]) for key in keys if key.endswith("/feat_2048")})
@@ -76,14 +76,12 @@ def relative_error(ours, theirs) -> float:
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 
-@reference.needs_reference
 def test_synthetic_weights():
     for name, first in reference.description(GROUP)["weight_check_first3"].items():
         np.testing.assert_allclose(synthetic_state()[name].ravel()[:3], first, rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", selected(cases()))
-@reference.needs_reference
 def test_network_equals_published(case):
     """Features, logits, and mean, spread, crops and corners of every layer."""
     stored = reference.arrays(GROUP)
@@ -113,7 +111,6 @@ def test_network_equals_published(case):
 
 
 @pytest.mark.parametrize("mode", inception.MODES)
-@reference.needs_reference
 def test_resize_equals_published(mode):
     stored = reference.arrays(GROUP)
     grid, _ = inception.MODES[mode]

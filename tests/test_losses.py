@@ -32,7 +32,6 @@ def setup(case):
     return sde_lib.DiscreteVP(n=n), jnp.asarray(labels / (n - 1), jnp.float32), "index", "eps"
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", CASES)
 def test_published_losses_and_gradients(case):
     info, stored = CASES[case], reference.arrays("C_losses")

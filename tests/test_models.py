@@ -152,7 +152,6 @@ def test_large_parameter_tree_is_the_official_one(name):
     assert shapes == dict(reference.description("F_jax_params_large")[name]["params"])
 
 
-@reference.needs_reference
 def test_parameters_survive_the_way_to_pytorch_and_back():
     for name in ("vp_nofir_ddpm_output_skip_input_skip", "vp_nofir_ddpm_noconv", "ve_fir_biggan_residual_residual"):
         network, state, x = case("A_reduced", name)

@@ -42,7 +42,6 @@ def tame_noise():
     return noise
 
 
-@reference.needs_reference
 def test_published_statistics_of_a_network(x64):
     stored = reference.arrays("E_ems_net")
     nodes = estimate.nodes_at(SDE, stored["ems/timesteps_f64"], stored["ems/lambdas_f64"])
@@ -62,7 +61,6 @@ def test_published_statistics_of_a_network(x64):
         np.testing.assert_allclose(getattr(ems, key), theirs, atol=1e-6 * np.abs(theirs).max(), err_msg=key)
 
 
-@reference.needs_reference
 def test_published_few_step_samples_of_a_network(x64):
     """DPM-Solver-v3 with the network's published statistics, in float64."""
     ems_file, v3 = (reference.arrays(name) for name in ("E_ems_net", "E_v3_net"))
@@ -87,7 +85,6 @@ def test_published_few_step_samples_of_a_network(x64):
         assert worst(run(table, x), reference.nhwc(v3["x0_f64"][i])) < 1e-9, row
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", [c for c in reference.cases("D_pc") if c.startswith("net_")])
 def test_published_predictor_corrector_runs_of_a_network(name):
     info, stored = reference.cases("D_pc")[name], reference.arrays("D_pc")

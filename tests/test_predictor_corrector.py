@@ -47,7 +47,6 @@ def close(ours, theirs, tolerance):
     np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", reference.cases("D_updates"))
 def test_published_updates(case):
     info, stored = reference.cases("D_updates")[case], reference.arrays("D_updates")
@@ -67,7 +66,6 @@ def test_published_updates(case):
     close(update.mean, stored[f"{case}/x_mean"], 1e-5)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", [c for c in reference.cases("D_pc") if not c.startswith("net")])
 def test_published_runs(case, x64):
     """In float64, to what the stored float32 runs are good for: their sigma_i^2 - sigma_(i-1)^2 of VE loses 4e-5."""

@@ -33,7 +33,6 @@ def rms(values):
     return float(np.sqrt(np.square(np.asarray(values, np.float64)).mean()))
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("ode")])
 def test_published_end_points(case):
     """Both are as far from the exact solution as their tolerance says: their distance is of its order."""
@@ -50,7 +49,6 @@ def test_published_end_points(case):
     assert run.evaluations < 1.5 * info["nfe"]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("lik")])
 def test_published_likelihoods(case):
     """Equal with the published probe; and with the exact trace, equal to the density itself."""

@@ -321,7 +321,6 @@ def test_read_only_workdir(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-FOREIGN = reference.FOLDER / "ckpt"
 SMALL_VE = [  # the network of the published implementations' example checkpoints
     "--config=configs/ve/cifar10_ncsnpp_continuous.py",
     "--config.data.image_size=8",
@@ -337,11 +336,10 @@ def imported(file, workdir, *more):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@reference.needs_reference
 def test_published_checkpoints_become_runs(tmp_path):
     """Both formats give the same run, which samples without training, and goes back out under the PyTorch names."""
     for kind, file in (("torch", "torch_checkpoint_7.pth"), ("flax", "jax_checkpoint_7")):
-        out = ok(imported(FOREIGN / file, tmp_path / kind))
+        out = ok(imported(reference.file(f"ckpt/{file}"), tmp_path / kind))
         assert f"{kind} checkpoint of step 7" in out
         assert "averaged parameters" in out
     equal(leaves(tmp_path / "torch", 7), leaves(tmp_path / "flax", 7))
@@ -349,20 +347,19 @@ def test_published_checkpoints_become_runs(tmp_path):
     assert "step7-dpmpp-3" in out
     command = [sys.executable, "-m", "tools.import_checkpoint", f"--workdir={tmp_path / 'torch'}"]
     subprocess.run([*command, f"--export={tmp_path / 'weights.npz'}"], cwd=ROOT, check=True, capture_output=True)
-    with np.load(tmp_path / "weights.npz") as exported, np.load(FOREIGN / "expected.npz") as expected:
+    with np.load(tmp_path / "weights.npz") as exported, np.load(reference.file("ckpt/expected.npz")) as expected:
         for name in exported.files:
             stored = f"ema/{name}" if f"ema/{name}" in expected.files else f"model/{name}"  # Fourier W: no average
             np.testing.assert_array_equal(exported[name], expected[stored], err_msg=name)
 
 
-@reference.needs_reference
 def test_an_import_that_fails_leaves_nothing(tmp_path):
     cut = tmp_path / "cut.pth"
-    cut.write_bytes((FOREIGN / "torch_checkpoint_7.pth").read_bytes()[:5000])
+    cut.write_bytes(reference.file("ckpt/torch_checkpoint_7.pth").read_bytes()[:5000])
     wrong = "--config.model.nf=16"
     for file, more, word in (
         (cut, (), "cut.pth"),
-        (FOREIGN / "torch_checkpoint_7.pth", (wrong,), "shape"),
+        (reference.file("ckpt/torch_checkpoint_7.pth"), (wrong,), "shape"),
         ("no", (), "no"),
     ):
         result = imported(file, tmp_path / "run", *more)

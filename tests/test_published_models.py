@@ -108,7 +108,6 @@ DDPM_CASES = [
 OFFICIAL_REFINENETS = ["ncsnv2_reduced", *(["ve/ncsnv2/cifar10", "ve/ncsn/cifar10"] if SLOW else [])]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("group, name", DDPM_CASES)
 def test_ddpm_equals_published(group, name):
     network, state, x = case(group, name)
@@ -119,7 +118,6 @@ def test_ddpm_equals_published(group, name):
     check(config, network, from_torch(state, network, x.shape[1:]), x, figures, name)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["ncsnv2", "ncsn_repaired"])
 def test_refinenets_equal_published_with_weights_from_pytorch(name):
     """The PyTorch case has the arithmetic of the JAX code, and so verifies the mapping of parameters."""
@@ -128,7 +126,6 @@ def test_refinenets_equal_published_with_weights_from_pytorch(name):
     check(config, network, from_torch(state, network, x.shape[1:]), x, figures, name)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", OFFICIAL_REFINENETS)
 def test_refinenets_equal_published(name):
     meta, figures = reference.cases("F_ncsn_jax")[name], reference.arrays("F_ncsn_jax")
@@ -138,7 +135,6 @@ def test_refinenets_equal_published(name):
     check(meta["config"], network, params, x, figures, name)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize(
     "group, name", [*DDPM_CASES, ("A_ncsn_jaxlike", "ncsnv2"), ("A_ncsn_jaxlike", "ncsn_repaired")]
 )
@@ -156,7 +152,6 @@ def test_parameter_tree_is_the_official_one(group, name):
     assert all(np.array_equal(back[entry], state[entry]) for entry in back)
 
 
-@reference.needs_reference
 def test_parameter_trees_of_large_networks_are_the_official_ones():
     large, configs = reference.description("F_jax_params_large"), reference.cases("A_large")
     names = [name for name in configs if configs[name]["config"]["model"]["name"] != "ncsnpp"]
@@ -167,7 +162,6 @@ def test_parameter_trees_of_large_networks_are_the_official_ones():
         assert shapes_of(build(config), (size, size, 3)) == dict(large[name]["params"]), name
 
 
-@reference.needs_reference
 def test_names_of_a_refinenet_with_five_levels():
     meta = reference.cases("A_large")["ve/ncsnv2/bedroom"]
     state = {name: np.broadcast_to(np.float32(0), shape) for name, shape, _ in meta["state_dict"]}
@@ -176,7 +170,6 @@ def test_names_of_a_refinenet_with_five_levels():
     }
 
 
-@reference.needs_reference
 def test_pytorch_ncsnv2_of_another_width_is_refused():
     """Its third RefineBlock has nf features, that of the JAX code 2 nf."""
     network, state, x = case("A_reduced", "ncsnv2")
@@ -213,7 +206,6 @@ def classifier_case(name: str):
 CLASSIFIERS = ["reduced", *(["official"] if SLOW else [])]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifier_equals_published(name):
     classifier, params, figures = classifier_case(name)
@@ -225,7 +217,6 @@ def test_classifier_equals_published(name):
         assert error < 5e-5
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifier_and_its_gradient_equal_published_in_float64(name, x64):
     classifier, params, figures = classifier_case(name)
@@ -431,13 +422,12 @@ def checkpoint_case():
 def imported(file: str) -> tuple[dict, dict]:
     """Model and averages of a checkpoint file."""
     network, _ = checkpoint_case()
-    stored = read_checkpoint(reference.FOLDER / "ckpt" / file)
+    stored = read_checkpoint(reference.file(f"ckpt/{file}"))
     convert = {"torch": from_torch, "flax": from_flax}[stored.kind]
     assert stored.step == 7
     return tuple(convert(params, network, (8, 8, 3)) for params in (stored.model, stored.ema))
 
 
-@reference.needs_reference
 def test_all_files_hold_the_same_parameters():
     first, *others = (imported(file) for file in FILES)
     for other in others:
@@ -449,7 +439,6 @@ def test_all_files_hold_the_same_parameters():
     assert all(np.array_equal(averages[name], figures[f"ema/{name}"]) for name in stored)
 
 
-@reference.needs_reference
 def test_networks_from_files_equal_published():
     network, figures = checkpoint_case()
     apply = jax.jit(official(reference.description("ckpt/expected")["config"], network))
@@ -461,11 +450,10 @@ def test_networks_from_files_equal_published():
         assert error < 2e-5
 
 
-@reference.needs_reference
 def test_state_as_a_whole():
     """The training state of the JAX code stands for its averages."""
     network, _ = checkpoint_case()
-    tree = serialization.msgpack_restore((reference.FOLDER / "ckpt" / FILES[1]).read_bytes())
+    tree = serialization.msgpack_restore((reference.file(f"ckpt/{FILES[1]}")).read_bytes())
     jax.tree.map(np.testing.assert_array_equal, from_flax(tree, network, (8, 8, 3)), imported(FILES[1])[1])
 
 
@@ -601,11 +589,10 @@ def test_absent_files_are_refused(tmp_path):
             read_checkpoint(path)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("file", FILES[:2])
 def test_damaged_files_are_refused(file, tmp_path):
     """Cut anywhere, or with a byte changed (which may go unnoticed in an array of the JAX code)."""
-    data = (reference.FOLDER / "ckpt" / file).read_bytes()
+    data = (reference.file(f"ckpt/{file}")).read_bytes()
     damaged = tmp_path / file
     random = reference.rng(f"damage/{file}")
     for _ in range(20):
@@ -621,10 +608,9 @@ def test_damaged_files_are_refused(file, tmp_path):
             assert "\n" not in str(error)
 
 
-@reference.needs_reference
 def test_averages_that_do_not_belong_are_refused(tmp_path):
     """A list of averages has no names; at least their number and shapes must fit."""
-    file = reference.FOLDER / "ckpt" / FILES[0]
+    file = reference.file(f"ckpt/{FILES[0]}")
     changed = tmp_path / "changed.pth"
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(changed, "w") as target:
         for member in source.infolist():

@@ -81,7 +81,6 @@ def test_discrete_vp_holds_the_table_at_its_nodes():
     np.testing.assert_allclose(sde.alpha(np.linspace(0, 1, 1000)) ** 2, alphas_cumprod, rtol=1e-12)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", [c for c in reference.cases("B_sde") if c != "inputs"])
 def test_published_sde_functions(case, x64):
     """Reference group B in float64: drift, diffusion, marginal, prior, discretization, reverse of both kinds."""
@@ -122,7 +121,6 @@ def test_published_sde_functions(case, x64):
         check(step, f"reverse_pf{flow}_disc_f", 1e-9)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", [c for c in reference.cases("B_sde") if c != "inputs"])
 def test_published_sde_functions_in_float32(case):
     sde, _ = of_case(case)

@@ -96,14 +96,12 @@ def run_v3_rows(name: str, dtype, noise) -> np.ndarray:
 TABLES = ["vp", "cosine", "discrete", "edm", "cfg"]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", TABLES)
 def test_published_dpm_solver_v3(name, x64):
     """Every option of the published solver, against its float64 end points."""
     assert run_v3_rows(name, jnp.float64, problem(name)[1]).max() < 1e-9
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", TABLES)
 def test_published_dpm_solver_v3_in_float32(name, x64):
     """1e-5 in float32; where the problem amplifies more, of the size that a float32 network alone makes unavoidable.
@@ -120,7 +118,6 @@ def test_published_dpm_solver_v3_in_float32(name, x64):
     assert np.median(errors) < 2e-6
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["vp", "edm"])
 def test_published_step_nodes(name):
     """The nearest nodes of every grid are the published ones, but for ties that rounding decides."""

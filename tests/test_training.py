@@ -28,7 +28,6 @@ def promotion():
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("case", reference.cases("C_optim"))
 def test_published_optimizer_and_ema(case):
     """Adam, warm-up, clipping and both EMA rules over twelve steps with given gradients."""
