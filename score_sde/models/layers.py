@@ -69,6 +69,13 @@ def sinusoidal_embedding(label: Array, dimension: int) -> Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
+def class_weights(y: Array | None, batch: int, num_classes: int, dtype: DTypeLike) -> Array:
+    """(B, num_classes): one for the class, nothing for "no class", y being None or `num_classes`; weights stay."""
+    if y is None:
+        return jnp.zeros((batch, num_classes), dtype)
+    return jax.nn.one_hot(y, num_classes, dtype=dtype) if y.ndim == 1 else y.astype(dtype)
+
+
 class GaussianFourierProjection(nn.Module):
     """Random Fourier features (B,) -> (B, 2 features) of a noise level (Tancik et al. 2020).
 
@@ -149,10 +156,11 @@ class Conv(nn.Module):
 
     features: int
     dtype: DTypeLike = jnp.float32
+    init_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", default_init(), (1, 1, x.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", default_init(self.init_scale), (1, 1, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return linear(x, kernel[0, 0].astype(self.dtype), bias.astype(self.dtype))
 

@@ -1,6 +1,7 @@
 """NCSN++ and DDPM++: the U-Nets of Song et al., "Score-Based Generative Modeling through SDEs" (2021), Appendix H."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from score_sde.models.layers import (
     ResnetBlockBigGANpp,
     ResnetBlockDDPMpp,
     Upsample,
+    class_weights,
     conv3x3,
     default_init,
     merge,
@@ -34,6 +36,7 @@ _LEGAL = {
     "progressive_combine": ("sum", "cat"),
     "embedding_type": ("positional", "fourier"),
     "nonlinearity": tuple(NONLINEARITIES),
+    "class_embedding": ("table", "linear"),
     "dtype": ("float32", "bfloat16", "float64"),
 }
 
@@ -41,11 +44,13 @@ _LEGAL = {
 class NCSNpp(nn.Module):
     """The noise-conditional U-Net of Appendix H; the defaults are the published CIFAR-10 DDPM++ (continuous).
 
-    `network(x, label, y=None, dropout_keys=None)`:
+    `network(x, label, y=None, dropout_keys=None, augment=None)`:
         x       (B, H, W, C), H and W multiples of patch_size 2^(levels - 1); data range [-1, 1]
-        label   (B,) what the embedding gets: sigma itself if "fourier" (the logarithm is taken here), else any label
-        y       (B,) int32 classes, if `num_classes`; `num_classes` itself, or y=None, means "no class"
+        label   (B,) what the embedding gets: sigma itself if `log_label` (the logarithm is taken here), else any label
+        y       (B,) int32 classes, if `num_classes`; `num_classes` itself, or y=None, means "no class"; if `linear`
+                also (B, num_classes) weights of classes
         dropout_keys    (B,) PRNG keys, one for each example: turns dropout on
+        augment (B, augment_dim) how the images were augmented, if `augment_dim`; None: not at all, which is zeros
     The result has the shape and type of x. What it means (noise, score, ...) is the caller's choice.
 
     Residual blocks, by level: features nf * ch_mult[level], `num_res_blocks` going down and one more going up;
@@ -63,6 +68,15 @@ class NCSNpp(nn.Module):
     2021), dtype (of the computation), remat (recompute the blocks in the backward pass, to save memory), patch_size
     (each square of so many pixels enters and leaves as one pixel with its values as channels, as in Hoogeboom et al.,
     "simple diffusion", 2023, for the sake of speed; heights above are then those after it).
+
+    EDM's SongUNet is this network with other inputs (Karras et al. 2022, appendix F.1):
+        class_embedding     "table": a vector for each class, and for none, behind the two layers of the embedding;
+                            "linear": a linear map of sqrt(num_classes) times the one-hot class, before them
+        augment_dim         numbers that tell of the augmentation, by a linear map before the two layers; 0: none
+        channel_mult_noise, channel_mult_emb    widths of the label's features and of the embedding, over nf;
+                            0: the official 1 if "positional", 2 if "fourier"
+        log_label           whether "fourier" takes the logarithm of the label
+        learn_sigma         twice the channels, the second half of variances, which the denoiser cuts
     """
 
     nf: int = 128
@@ -87,6 +101,12 @@ class NCSNpp(nn.Module):
     dtype: str = "float32"
     remat: bool = False
     patch_size: int = 1
+    class_embedding: str = "table"
+    augment_dim: int = 0
+    channel_mult_noise: int = 0
+    channel_mult_emb: int = 4
+    log_label: bool = True
+    learn_sigma: bool = False
 
     def __post_init__(self) -> None:
         require(self, **_LEGAL)
@@ -99,8 +119,15 @@ class NCSNpp(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, label: Array, y: Array | None = None, dropout_keys: Array | None = None) -> Array:
-        image_channels = x.shape[-1] * self.patch_size**2
+    def __call__(
+        self,
+        x: Array,
+        label: Array,
+        y: Array | None = None,
+        dropout_keys: Array | None = None,
+        augment: Array | None = None,
+    ) -> Array:
+        image_channels = x.shape[-1] * self.patch_size**2 * (2 if self.learn_sigma else 1)
         levels = len(self.ch_mult)
         require_multiple(x, self.patch_size * 2 ** (levels - 1))
         dtype = jnp.dtype(self.dtype)
@@ -108,7 +135,7 @@ class NCSNpp(nn.Module):
         kernel = self.fir_kernel if self.fir else None
         biggan = self.resblock_type == "biggan"
         rescaled = functools.partial(merge, skip_rescale=self.skip_rescale)
-        embedding = self._embedding(label, y, dtype)
+        embedding = self._embedding(label, y, augment, dtype)
 
         Block = _remat_if(self.remat, ResnetBlockBigGANpp if biggan else ResnetBlockDDPMpp)
         Attention = _remat_if(self.remat, AttnBlockpp)
@@ -183,22 +210,35 @@ class NCSNpp(nn.Module):
         h = pyramid if self.progressive == "output_skip" else to_image(h)
         return depth_to_space(h, self.patch_size).astype(x.dtype)
 
-    def _embedding(self, label: Array, y: Array | None, dtype: jnp.dtype) -> Array | None:
-        """(B,) noise levels and classes -> (B, 4 nf). The features are computed in the label's own precision."""
-        if self.embedding_type == "fourier":
-            features = GaussianFourierProjection(self.nf, self.fourier_scale)(jnp.log(label))
+    def _embedding(self, label: Array, y: Array | None, augment: Array | None, dtype: jnp.dtype) -> Array | None:
+        """(B,) noise levels, classes -> (B, 4 nf). The features are computed in the label's own precision."""
+        fourier = self.embedding_type == "fourier"
+        width = self.nf * (self.channel_mult_noise or (2 if fourier else 1))
+        if fourier:
+            label = jnp.log(label) if self.log_label else label
+            features = GaussianFourierProjection(width // 2, self.fourier_scale)(label)
         else:
-            features = sinusoidal_embedding(label, self.nf)
+            features = sinusoidal_embedding(label, width)
         if y is not None and not self.num_classes:
             raise UserError("this network has no classes (num_classes = 0), so it takes no y")
+        if augment is not None and not self.augment_dim:
+            raise UserError("this network was not told of augmentations (augment_dim = 0), so it takes none")
         if not self.conditional:
             return None
-        dense = functools.partial(nn.Dense, 4 * self.nf, kernel_init=default_init(), dtype=dtype)
-        embedding = dense()(features)
-        embedding = dense()(NONLINEARITIES[self.nonlinearity](embedding))
-        if self.num_classes:
+        dense = functools.partial(nn.Dense, kernel_init=default_init(), dtype=dtype)
+        linear = self.num_classes and self.class_embedding == "linear"
+        if linear:
+            weights = class_weights(y, len(label), self.num_classes, dtype)
+            features = features.astype(dtype) + dense(width, name="classes")(weights * math.sqrt(self.num_classes))
+        if self.augment_dim:
+            augment = jnp.zeros((len(label), self.augment_dim), dtype) if augment is None else augment
+            features = features.astype(dtype) + dense(width, use_bias=False, name="augment")(augment)
+        embedding = dense(self.channel_mult_emb * self.nf)(features)
+        embedding = dense(self.channel_mult_emb * self.nf)(NONLINEARITIES[self.nonlinearity](embedding))
+        if self.num_classes and not linear:
             y = jnp.full(label.shape, self.num_classes) if y is None else y
-            embed = nn.Embed(self.num_classes + 1, 4 * self.nf, dtype=dtype, embedding_init=nn.initializers.normal(1.0))
+            init = nn.initializers.normal(1.0)
+            embed = nn.Embed(self.num_classes + 1, embedding.shape[-1], dtype=dtype, embedding_init=init)
             embedding = embedding + embed(y)
         return embedding
 
