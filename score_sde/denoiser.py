@@ -6,13 +6,15 @@ eps is the prediction of z in x_t = alpha_t x_0 + sigma_t z; the score is -eps /
 (guidance, thresholding, a latent space) is a function NoiseFn -> NoiseFn.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from score_sde.sde import SDE, per_image
+from score_sde.sde import SDE, VP, numpy_of, per_image
 from score_sde.space import Space
 
 NoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -61,7 +63,7 @@ def _edm(alpha, sigma, d) -> Coefficients:
     unit variance at every noise level.
     """
     r = sigma / alpha
-    q = jnp.hypot(r, d)
+    q = numpy_of(r).hypot(r, d)
     return Coefficients(1 / (alpha * q), r / (alpha * q**2), -d / q)
 
 
@@ -73,8 +75,32 @@ PARAMETERIZATIONS = {
     "x0": lambda alpha, sigma, d: Coefficients(1.0, 1 / sigma, -alpha / sigma),
     "v": _v,
     "edm": _edm,
+    # eps of x scaled to alpha^2 + sigma^2 = 1: how a network of VP serves any SDE (Karras et al. 2022, Table 1)
+    "vp": lambda alpha, sigma, d: Coefficients(1 / numpy_of(sigma).hypot(alpha, sigma), 0.0, 1.0),
     "flow": lambda alpha, sigma, d: Coefficients(1.0, 1 / (alpha + sigma), alpha / (alpha + sigma)),  # F = z - x_0
 }
+
+
+@functools.cache
+def iddpm_sigmas(n: int) -> np.ndarray:
+    """The noise levels (n + 1,), float64, from the largest to 0, of iDDPM's cosine chain of n steps.
+
+    As Karras et al. 2022 continue it (Table 1, appendix C.3): u_n = 0 and, with a_j = sin^2(pi j / (2 n 1.008)),
+    u_(j-1) = sqrt((u_j^2 + 1) / max(a_(j-1) / a_j, 0.001) - 1).
+    """
+    a = np.sin(np.pi / 2 * np.arange(n + 1) / (n * 1.008)) ** 2
+    u = np.zeros(n + 1)
+    for j in range(n, 0, -1):
+        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(a[j - 1] / a[j], 0.001) - 1)
+    return u
+
+
+def _iddpm(sde: SDE, t, n: int):
+    """The step of iDDPM's chain with the nearest noise level, counted from 0 at the lowest."""
+    xp = numpy_of(t)
+    sigma, u = xp.exp(-sde.lam(t)), iddpm_sigmas(n).astype(t.dtype)
+    return (n - 1 - xp.abs(sigma[..., None] - u.reshape(*(1,) * t.ndim, -1)).argmin(-1)).astype(t.dtype)
+
 
 # What a network is told of the time: (sde, t, number of noise levels) -> label (B,).
 LABELS = {
@@ -85,6 +111,10 @@ LABELS = {
     "node": lambda sde, t, n: t * n - 1,  # the same where the first node stands at 1 / n (DPM-Solver, Stable Diffusion)
     "lam": lambda sde, t, n: sde.lam(t),  # any SDE; smooth in what few-step solvers integrate over
     "edm": lambda sde, t, n: -sde.lam(t) / 4,  # log(sigma / alpha) / 4 (Karras et al. 2022, Table 1: c_noise)
+    # as networks of the VP and VE SDEs and of iDDPM are told any SDE's sigma / alpha (Karras et al. 2022, Table 1)
+    "vp": lambda sde, t, n: (n - 1) * VP().t_of_lam(sde.lam(t)),
+    "ve": lambda sde, t, n: -sde.lam(t) - np.log(2),
+    "iddpm": _iddpm,
     "reversed_index": lambda sde, t, n: jnp.round((1 - t) * (n - 1)),  # n discrete steps of VE, largest sigma first
 }
 
