@@ -227,9 +227,7 @@ def test_edm_equals_published(name, dtype, request):
 
 
 def zeros_of(group: str, name: str) -> dict:
-    return {
-        entry: np.broadcast_to(np.float32(0), shape) for entry, shape, _ in reference.cases(group)[name]["state_dict"]
-    }
+    return {entry: np.broadcast_to(np.float32(0), shape) for entry, shape, _ in described(group, name)}
 
 
 @pytest.mark.parametrize("name", kind("X_adm", "state_dict_only"))

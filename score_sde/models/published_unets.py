@@ -227,7 +227,7 @@ def _imported(
     params, used = {}, set(unused)
     for path, shape in shapes.items():
         layer, leaf = "/".join(path[:-1]), path[-1]
-        name = names.get(f"{layer}/{leaf}") or names.get(layer, layer) + "." + LEAVES.get(leaf, leaf)
+        name = names.get("/".join(path)) or names.get(layer, layer) + "." + LEAVES.get(leaf, leaf)
         if name not in state:
             raise UserError(f"the checkpoint has no {name}, which the configured network needs for {'/'.join(path)}")
         used.add(name)
