@@ -21,6 +21,7 @@ SOLVERS = {
     "pndm": pndm.pndm,
     "ipndm": pndm.ipndm,
     "heun": heun.heun,
+    "stochastic_heun": heun.stochastic_heun,
 }
 
 

@@ -10,7 +10,8 @@ DPM-Solver-v3 (Zheng et al. 2023, eq. 5). Every solver then does, with its own n
     base_i  = correct[i, 0] base_(i-1) + correct[i, 1] x_i + sum_k correct[i, 2 + k] f_(i-k) + correct[i, -1]
     x_(i+1) = predict[i, 0] base_i                         + sum_k predict[i, 1 + k] f_(i-k) + predict[i, -1],
 
-and a stochastic solver adds noise[i] z_i, z_i ~ N(0, I), to x_(i+1).
+and a stochastic solver adds noise[i] z_i, z_i ~ N(0, I), to x_(i+1). One that adds noise before it first asks the
+network begins with x_0 <- start[0] x_0 + start[1] z.
 
 `base` is the state on the solution path; x is the point the network is asked at. Without a corrector base_i = x_i;
 inside a singlestep solver's step base_i = base_(i-1). A corrector changes base and leaves f as it is.
@@ -52,10 +53,14 @@ class Tableau(NamedTuple):
     correct: np.ndarray  # (n, K + 3, *P): of base, x, f_i, ..., f_(i-K+1), 1
     predict: np.ndarray  # (n, K + 2, *P): of base, f_i, ..., f_(i-K+1), 1
     noise: np.ndarray | None = None  # (n, *P): of z_i; None if deterministic
+    start: np.ndarray | None = None  # (2, *P): of x and z before the first evaluation; None: x stays
 
     @property
     def history(self) -> int:
         return self.predict.shape[1] - 2
+
+
+START = 2**31 - 1  # the number of the draw for `start`, which is that of no evaluation
 
 
 def verify(builder: Callable | None = None, *, exact: bool = True) -> Callable:
@@ -83,7 +88,7 @@ def check_shapes(tableau: Tableau):
     """Refuse shapes other than `Tableau` says, rising times, weights of evaluations before the first, and overflow."""
     n, columns, *pixels = tableau.predict.shape
     shapes = dict.fromkeys(("t", "alpha", "sigma"), (n,)) | dict.fromkeys(("l", "noise"), (n, *pixels))
-    for name, shape in (shapes | dict(correct=(n, columns + 1, *pixels))).items():
+    for name, shape in (shapes | dict(correct=(n, columns + 1, *pixels), start=(2, *pixels))).items():
         value = getattr(tableau, name)
         if (value is not None and value.shape != shape) or len(pixels) != 3:
             raise ValueError(f"{name} of a tableau has shape {value.shape}, expected {shape}")
@@ -178,12 +183,14 @@ def denoised(tableau: Tableau, sde: SDE, t_end: float) -> Tableau:
     last.predict[0, 1] = -1.0
     if tableau.noise is not None:
         last = last._replace(noise=np.zeros_like(tableau.noise[:1]))
-    return jax.tree.map(lambda rows, row: np.concatenate([rows, row]), tableau, last)
+    rows = jax.tree.map(lambda rows, row: np.concatenate([rows, row]), tableau._replace(start=None), last)
+    return rows._replace(start=tableau.start)
 
 
 def lengthened(tableau: Tableau, rows: int) -> Tableau:
     """The same solver with rows of zeros after its own, for `solve` to leave out."""
-    return jax.tree.map(lambda table: np.pad(table, [(0, rows - len(table)), *[(0, 0)] * (table.ndim - 1)]), tableau)
+    pad = lambda table: np.pad(table, [(0, rows - len(table)), *[(0, 0)] * (table.ndim - 1)])
+    return jax.tree.map(pad, tableau._replace(start=None))._replace(start=tableau.start)
 
 
 def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
@@ -199,6 +206,7 @@ def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
         correct=spread(pad(tableau.correct)),
         predict=spread(pad(tableau.predict)),
         noise=None if tableau.noise is None else spread(tableau.noise),
+        start=None if tableau.start is None else spread(tableau.start),
     )
 
 
@@ -207,7 +215,7 @@ def solve(
 ):
     """Integrate from x (B, H, W, C) at the tableau's first time to its end: (B, H, W, C) after len(t) evaluations.
 
-    draw: i -> (B, H, W, C), the i-th standard normal draw; a tableau without noise makes none.
+    draw: i -> (B, H, W, C), the i-th standard normal draw, START's included; a tableau without noise makes none.
     evaluations: () how many rows are carried out, all of them if None; solvers of any length then share a program,
         which has no derivative in reverse mode.
     unrolled: compile each evaluation by itself, which makes derivatives by the table many times as fast on a CPU, and
@@ -229,6 +237,9 @@ def solve(
             x = x + node.noise[None] * draw(i)
         return (base, x, past), None
 
+    if tableau.start is not None:
+        x = combine(tableau.start, (x, draw(START)))
+        tableau = tableau._replace(start=None)
     past = (jnp.zeros_like(x),) * tableau.history
     rows = jnp.arange(len(tableau.t)), tableau
     if evaluations is None:

@@ -479,7 +479,7 @@ def test_all_deterministic_solvers_share_one_compilation():
         "dpmv3": functools.partial(dpm_solver_v3.dpm_solver_v3, ems=fake_ems(sde, 600, (1, 1, 3)))
     }
     deterministic = [name for name, build in builders.items() if build(sde, 13).noise is None]
-    assert sorted({*SOLVERS} - {*deterministic}) == ["sde_dpmpp"]
+    assert sorted({*SOLVERS} - {*deterministic}) == ["sde_dpmpp", "stochastic_heun"]
     for name in deterministic:
         table = builders[name](sde, 13)
         padded = shared(tableau.uniform(table, 13, (1, 1, 3)), x)
