@@ -1,4 +1,4 @@
-"""Reads checkpoint files of the official PyTorch and JAX code without running anything that they contain.
+"""Reads checkpoint files of published code, PyTorch's and JAX's, without running anything that they contain.
 
 A PyTorch file is a zip archive (before PyTorch 1.6 a plain sequence) of raw arrays and of a pickle, a program that
 builds the objects around them. Python's own unpickler calls whatever functions the program names; the interpreter here
@@ -6,22 +6,29 @@ calls none. It knows the two that checkpoints need, as data, and fails at the fi
 not be compressed, and no array is larger than the bytes that the file holds for it, so memory is in proportion to the
 file's size.
 
-A JAX file is msgpack, which has no programs; its limits are set here for the same reason.
+EDM's file is one pickle of the network itself, with the text of its program. The same interpreter reads it; of objects
+it takes the attributes, and the text stays text.
+
+A JAX file is msgpack and a .safetensors file is JSON and arrays, which have no programs; limits are set here, and by
+the library, for the same reason.
 """
 
 import io
 import math
+import mmap
 import os
 import pathlib
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
+import safetensors
 from flax import traverse_util
+from jax import numpy as jnp
 
 from score_sde.errors import UserError
 
@@ -29,37 +36,47 @@ from score_sde.errors import UserError
 class Foreign(NamedTuple):
     """What a checkpoint of the official code holds.
 
-    kind: "torch", for models.published.from_torch, or "flax", for from_flax
+    kind: "torch", for models.published.from_torch or published_unets.from_guided_diffusion, "flax", for from_flax, or
+        "edm", for published_unets.from_edm
     model, ema: the parameters and their moving average, by PyTorch name or as a Flax tree; None: not in the file
     step: of training; None: not in the file
+    arguments: what the network of an EDM file was made with, without defaults, and its `class_name`; None: not told
     """
 
     kind: str
-    model: dict
+    model: dict | None
     ema: dict | None
     step: int | None
+    arguments: dict | None = None
 
 
 def read_checkpoint(path: str | os.PathLike) -> Foreign:
-    """The contents of a .pth file of the PyTorch code or a `checkpoint_<n>` of the JAX code, told apart by content.
+    """The contents of a .pth, .pt, .pkl (EDM) or .safetensors file, or a `checkpoint_<n>` of JAX, told by content.
 
     Bare parameters, without the rest of a training state, are read as well, as the model.
     """
     path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(2)
+            start = file.read(9)
         if start.startswith(b"PK"):
             return _torch_checkpoint(path)
-        if start == _SEQUENCE_START[:2]:
+        if start[:2] == _SEQUENCE_START[:2]:
             return _torch_sequence(path)
+        if start[:2] in (b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            return _edm_pickle(path)
+        if start[8:] == b"{":
+            return _safetensors(path)
         if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # the codes of msgpack's maps
             return _flax_checkpoint(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or _one_line(error)}") from None
     except _Malformed as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from None
-    raise UserError(f"{path} is neither a PyTorch checkpoint (a zip archive) nor a Flax checkpoint (a msgpack map)")
+    raise UserError(
+        f"{path} is neither a PyTorch checkpoint (a zip archive), nor EDM's (a pickle), nor .safetensors, nor a Flax "
+        "checkpoint (a msgpack map)"
+    )
 
 
 class _Malformed(Exception):
@@ -87,6 +104,13 @@ class _Tensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements, as the offset
+
+
+class _Object(NamedTuple):
+    """An object of EDM's file: the name of its class, which is never imported, and its attributes."""
+
+    class_name: str
+    attributes: dict
 
 
 _ORDERED_DICT = _Global("collections", "OrderedDict")
@@ -205,20 +229,24 @@ _CONSTANTS = {
     "NEWFALSE": lambda: False,
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
+    "EMPTY_SET": list,  # of which nobody asks more
     "EMPTY_TUPLE": tuple,
 }
 _LITERALS = (
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 )
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _unpickled(program: io.BytesIO) -> Any:
-    """What the next pickle builds, of None, bool, int, float, str, tuple, list, dict and _Tensor."""
-    size = len(program.getbuffer())
-    if size > _LARGEST_PICKLE:
-        raise _Malformed(f"its data.pkl has {size} bytes, more than any checkpoint's")
+def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] | None = None) -> Any:
+    """What the next pickle builds, of None, bool, int, float, str, bytes, tuple, list, dict, _Tensor and _Object.
+
+    calls: the globals that it may name, and what stands for calling each, a function of the tuple of arguments.
+    """
+    calls = _TORCH if calls is None else calls
+    payload = 0  # bytes of arrays, which its length does not limit
     stack, marks, memo = [], [], {}
 
     def since_mark() -> list:
@@ -228,7 +256,10 @@ def _unpickled(program: io.BytesIO) -> Any:
         return items
 
     try:
-        for opcode, argument, _ in pickletools.genops(program):
+        for opcode, argument, position in pickletools.genops(program):
+            payload += len(argument) if isinstance(argument, bytes) else 0
+            if position - payload > _LARGEST_PICKLE:
+                raise _Malformed("its pickle is longer than any checkpoint's")
             match opcode.name:
                 case "PROTO" | "FRAME":
                     pass
@@ -246,7 +277,7 @@ def _unpickled(program: io.BytesIO) -> Any:
                 case "APPEND":
                     item = stack.pop()
                     _expect(stack[-1], list).append(item)
-                case "APPENDS":
+                case "APPENDS" | "ADDITEMS":
                     items = since_mark()
                     _expect(stack[-1], list).extend(items)
                 case "SETITEM":
@@ -263,19 +294,20 @@ def _unpickled(program: io.BytesIO) -> Any:
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
                 case "GLOBAL":
-                    stack.append(_known(*argument.split(" ", 1)))
+                    stack.append(_known(*argument.split(" ", 1), calls))
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
-                    stack.append(_known(module, name))
+                    stack.append(_known(module, name, calls))
                 case "BINPERSID":
                     stack.append(_storage(stack.pop()))
-                case "REDUCE":
+                case "REDUCE" | "NEWOBJ":
                     arguments, function = stack.pop(), stack.pop()
-                    stack.append(_applied(function, arguments))
+                    stack.append(calls[_expect(function, _Global)](_expect(arguments, tuple)))
                 case "BUILD":
                     # Attributes of a dictionary: PyTorch gives a state_dict its `_metadata`, which is of no use here.
-                    stack.pop()
-                    _expect(stack[-1], dict)
+                    attributes = stack.pop()
+                    if isinstance(_expect(stack[-1], dict, _Object), _Object) and isinstance(attributes, dict):
+                        stack[-1].attributes.update(attributes)
                 case "STOP":
                     return stack.pop()
                 case name:
@@ -285,10 +317,10 @@ def _unpickled(program: io.BytesIO) -> Any:
     raise _Malformed("its pickle has no end")
 
 
-def _known(module: Any, name: Any) -> _Global:
+def _known(module: Any, name: Any, calls: dict) -> _Global:
     """The global, if checkpoints need it."""
     reference = _Global(module, name)
-    if reference not in (_ORDERED_DICT, _TENSOR, *_DTYPES):
+    if reference not in calls:
         raise _Malformed(f"its pickle asks for {_one_line(module)}.{_one_line(name)}, which no checkpoint needs")
     return reference
 
@@ -302,16 +334,26 @@ def _storage(identifier: Any) -> _Storage:
     raise _Malformed("its pickle refers to data in an unknown way")
 
 
-def _applied(function: Any, arguments: Any) -> Any:
-    """What the call would give; nothing is called."""
-    if function == _ORDERED_DICT and arguments == ():
-        return {}
+def _ordered_dict(arguments: tuple) -> dict:
+    if arguments:
+        raise _Malformed("its pickle makes a call that no checkpoint needs")
+    return {}
+
+
+def _tensor(arguments: tuple) -> _Tensor:
     match arguments:
-        case (_Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_) if function == _TENSOR:
+        case (_Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_):
             natural = all(isinstance(n, int) and 0 <= n < 2**40 for n in (offset, *shape, *strides))
             if natural and len(shape) == len(strides) <= 8:
                 return _Tensor(storage, offset, shape, strides)
     raise _Malformed("its pickle makes a call that no checkpoint needs")
+
+
+def _refuse(arguments: tuple):
+    raise _Malformed("its pickle makes a call that no checkpoint needs")
+
+
+_TORCH = {_ORDERED_DICT: _ordered_dict, _TENSOR: _tensor} | dict.fromkeys(_DTYPES, _refuse)
 
 
 def _parts(saved: Any, data_of: Callable[[str], bytes]) -> Foreign:
@@ -340,6 +382,116 @@ def _parts(saved: Any, data_of: Callable[[str], bytes]) -> Foreign:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+# -- EDM --
+
+
+_DEEPEST = 16  # how far the modules of a network contain each other
+_MOST_TENSORS = 10_000
+
+
+def _persistent(arguments: tuple) -> _Object:
+    """An object whose class comes as text beside it; the text is left alone."""
+    match arguments:
+        case ({"class_name": str() as name, "state": dict() as state},):
+            return _Object(name, state)
+    raise _Malformed("its pickle makes a call that no checkpoint needs")
+
+
+def _parameter(arguments: tuple) -> Any:
+    match arguments:
+        case (_Tensor() as tensor, *_):
+            return tensor
+    raise _Malformed("it has a parameter that is no tensor")
+
+
+def _stored(content: bytes) -> tuple[_Storage, memoryview]:
+    """One storage and its numbers, from PyTorch's sequence of pickles for it alone."""
+    if not content.startswith(_SEQUENCE_START):
+        raise _Malformed("it has numbers that PyTorch did not write")
+    pickles = io.BytesIO(content[: 2**12])
+    _, version, machine, storage, keys = (_unpickled(pickles) for _ in range(5))
+    if version != 1001 or _expect(machine, dict).get("little_endian") is not True:
+        raise _Malformed("it is of another version, or written on a big-endian machine")
+    if keys != [_expect(storage, _Storage).key]:
+        raise _Malformed("it stores numbers that belong to no tensor")
+    return storage, memoryview(content)[pickles.tell() + 8 :]
+
+
+def _edm_pickle(path: pathlib.Path) -> Foreign:
+    """EDM's dictionary, whose `ema` is the averaged network in its preconditioner."""
+    data: dict[str, memoryview] = {}
+
+    def storage(arguments: tuple) -> _Storage:
+        match arguments:
+            case (bytes() as content,):
+                one, data[str(len(data))] = _stored(content)
+                return one._replace(key=str(len(data) - 1))
+        raise _Malformed("its pickle makes a call that no checkpoint needs")
+
+    nothing = lambda arguments: _Object("", {})  # what no parameter depends on
+    calls = _TORCH | {
+        _Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
+        _Global("torch._utils", "_rebuild_parameter"): _parameter,
+        _Global("torch.storage", "_load_from_bytes"): storage,
+        _Global("torch.nn.modules.container", "ModuleDict"): nothing,
+        _Global("dnnlib.util", "EasyDict"): lambda arguments: {},
+        _Global("numpy", "dtype"): nothing,
+        _Global("numpy.core.multiarray", "scalar"): nothing,
+        _Global("numpy._core.multiarray", "scalar"): nothing,
+        _Global("builtins", "set"): nothing,
+    }
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
+        try:
+            network = _expect(_expect(_unpickled(program, calls), dict).get("ema"), _Object)
+            arrays = {}
+            for name, tensor in _tensors(network):
+                if len(arrays) == _MOST_TENSORS:
+                    raise _Malformed(f"it has more than {_MOST_TENSORS} tensors")
+                arrays[name] = _array(name, tensor, lambda key: data.pop(key, b""))  # each is handed out once
+        except (struct.error, EOFError, OverflowError, RuntimeError, ValueError) as error:
+            raise _Malformed(f"its pickle is damaged ({_one_line(error)})") from None
+    made_with = network.attributes.get("_init_kwargs", {})
+    arguments = _expect(made_with, dict) | {"class_name": network.class_name}
+    return Foreign("edm", None, arrays, None, arguments)
+
+
+def _tensors(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of a module and of those that it contains, in PyTorch's order."""
+    attributes = _expect(module, _Object).attributes
+    if depth > _DEEPEST:
+        raise _Malformed(f"its modules contain each other more than {_DEEPEST} times")
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in _expect(attributes.get(kind, {}), dict).items():
+            if tensor is not None:
+                yield f"{prefix}{name}", tensor
+    for name, child in _expect(attributes.get("_modules", {}), dict).items():
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{name}.", depth + 1)
+
+
+# -- Safetensors --
+
+
+_SAFE_TYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64} | {
+    "I64": np.int64,
+    "I32": np.int32,
+}
+
+
+def _safetensors(path: pathlib.Path) -> Foreign:
+    """A state_dict alone."""
+    try:
+        entries = safetensors.deserialize(path.read_bytes())
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise _Malformed(f"its header is damaged ({_one_line(error)})") from None
+    arrays = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFE_TYPES:
+            raise _Malformed(f"{_one_line(name)} has type {_one_line(entry['dtype'])}")
+        arrays[name] = np.frombuffer(entry["data"], _SAFE_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return Foreign("torch", arrays, None, None)
 
 
 # -- Flax --
