@@ -1,6 +1,7 @@
 """The published network families, as arguments of score_sde.models.
 
-DDPM++ and NCSN++: Song et al. 2021, Appendix H; DDPM: Ho et al. 2020; NCSN, NCSNv2: Song & Ermon 2019, 2020.
+DDPM++ and NCSN++: Song et al. 2021, Appendix H; DDPM: Ho et al. 2020; NCSN, NCSNv2: Song & Ermon 2019, 2020; ADM and
+its classifier: Dhariwal & Nichol 2021, Table 11 and section 4; what EDM makes of them: Karras et al. 2022, Table 7.
 """
 
 from ml_collections import ConfigDict
@@ -97,6 +98,89 @@ def ncsnv2(size: int) -> ConfigDict:
 def ncsn(*, num_scales: int) -> ConfigDict:
     """NCSN: a RefineNet whose normalizations are conditional on the index of the noise level, one of num_scales."""
     return _locked(dict(name="ncsn", nf=128, nonlinearity="elu", num_scales=num_scales))
+
+
+def edm_ddpmpp(**changes) -> ConfigDict:
+    """DDPM++ as EDM trains it: told classes and augmentations before the embedding; three levels of equal width."""
+    edm = dict(
+        ch_mult=(2, 2, 2),
+        dropout=0.13,
+        class_embedding="linear",
+        augment_dim=9,
+        channel_mult_noise=1,
+        channel_mult_emb=4,
+        log_label=False,
+        learn_sigma=False,
+    )
+    return ddpmpp(**(edm | changes))
+
+
+def edm_ncsnpp(**changes) -> ConfigDict:
+    """NCSN++ as EDM trains it: its label enters the random Fourier features as it is."""
+    fourier = dict(fir=True, progressive_input="residual", embedding_type="fourier", channel_mult_noise=2)
+    return edm_ddpmpp(**(fourier | changes))
+
+
+def adm(**changes) -> ConfigDict:
+    """ADM, class-conditional: heads of 64 channels, blocks that resample, learned variances."""
+    return _locked(
+        _encoder(nf=256, ch_mult=(1, 1, 2, 2, 4, 4), attn_levels=(3, 4, 5))
+        | dict(
+            name="unet",
+            num_heads_upsample=0,
+            num_classes=1000,
+            augment_dim=0,
+            low_res=False,
+            learn_sigma=True,
+        )
+        | changes
+    )
+
+
+def adm_64(**changes) -> ConfigDict:
+    """ADM at 64x64."""
+    return adm(**(dict(nf=192, ch_mult=(1, 2, 3, 4), num_res_blocks=3, attn_levels=(1, 2, 3), dropout=0.1) | changes))
+
+
+def adm_512(**changes) -> ConfigDict:
+    """ADM at 512x512: twice the channels of 256x256 in features of half the width; told the time as there."""
+    wide = dict(nf=128, ch_mult=(1, 2, 2, 4, 4, 8, 8), attn_levels=(4, 5, 6), channel_mult_noise=2, channel_mult_emb=8)
+    return adm(**(wide | changes))
+
+
+def adm_upsampler(**changes) -> ConfigDict:
+    """ADM-U, which enlarges small images: four heads of any width."""
+    return adm(**(dict(nf=192, num_heads=4, head_channels=0, low_res=True) | changes))
+
+
+def adm_classifier(**changes) -> ConfigDict:
+    """The classifier that guides ADM: half of its U-Net, with attention pooling."""
+    return _locked(
+        _encoder(nf=128, ch_mult=(1, 1, 2, 2, 4, 4), attn_levels=(3, 4, 5))
+        | dict(name="unet_classifier", num_outputs=1000, pool="attention")
+        | changes
+    )
+
+
+def _encoder(**changes) -> dict:
+    """What ADM and its classifier share."""
+    return (
+        dict(
+            num_res_blocks=2,
+            num_heads=1,
+            head_channels=64,
+            groups=32,
+            scale_shift=True,
+            resblock_updown=True,
+            conv_resample=True,
+            channel_mult_noise=1,
+            channel_mult_emb=4,
+            dropout=0.0,
+            dtype="float32",
+            remat=False,
+        )
+        | changes
+    )
 
 
 def _locked(arguments: dict) -> ConfigDict:

@@ -13,7 +13,7 @@ from score_sde.data import Images
 from score_sde.denoiser import Diffusion, NoiseFn
 from score_sde.errors import UserError, one_line
 from score_sde.guidance import Classifier
-from score_sde.models.classifier import CLASSIFIERS, logits_fn
+from score_sde.models.classifier import CLASSIFIERS, LOGITS
 from score_sde.sde import SDE, SDES
 from score_sde.space import Space
 
@@ -49,7 +49,8 @@ def classifier_of(config: ConfigDict) -> Classifier:
     network, pixels = network_of(config), space_of(config)
     apply = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
     init = _valid_init(config, network, pixels.shape)
-    return Classifier(sde, pixels, init, lambda params: logits_fn(apply(params), sde), config.model.num_outputs)
+    logits_of = lambda params: LOGITS[config.model.name](apply(params), sde, config.denoiser)
+    return Classifier(sde, pixels, init, logits_of, config.model.num_outputs)
 
 
 def trainable(config: ConfigDict) -> Diffusion | Classifier:

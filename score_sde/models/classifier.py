@@ -14,59 +14,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from score_sde.denoiser import LABELS
 from score_sde.models.layers import (
     DTYPES,
     GaussianFourierProjection,
     GroupNorm,
     at_least_float32,
+    convolve,
     require,
     require_multiple,
 )
 from score_sde.models.resample import downsample_2d
+from score_sde.models.unet import UNetClassifier
 from score_sde.sde import SDE, per_image
-
-
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    """Convolution of images (B, H, W, C) with a kernel (h, w, C, D); zeros outside, ceil(H / stride) rows remain."""
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=layout)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x: Array, kernel: Array, stride: int) -> Array:
-    """`_convolve`, with the gradient to x written as a convolution with the flipped kernel.
-
-    XLA on CPU takes a slow path for its own form of that gradient inside the loops of samplers. No forward-mode
-    derivatives.
-    """
-    return _convolve(x, kernel, stride)
-
-
-def _convolve_forward(x, kernel, stride):
-    return _convolve(x, kernel, stride), (x, kernel)
-
-
-def _convolve_backward(stride, saved, gradient):
-    x, kernel = saved
-    _, of_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, stride), kernel)
-    padding = []
-    for size, rows, width in zip(x.shape[1:3], gradient.shape[1:3], kernel.shape[:2], strict=True):
-        spread = (rows - 1) * stride + 1
-        before = width - 1 - max(spread - 1 + width - size, 0) // 2
-        padding.append((before, size + width - 1 - spread - before))
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    of_x = jax.lax.conv_general_dilated(
-        gradient,
-        flipped,
-        (1, 1),
-        padding,
-        lhs_dilation=(stride, stride),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return of_x, of_kernel(gradient)[0]
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _norm_relu(name: str, dtype: DTypeLike):
@@ -183,8 +143,8 @@ class WideResnet(nn.Module):
         return (x - x.mean((1, 2, 3), keepdims=True)) * jax.lax.rsqrt(jnp.maximum(variance, 1 / math.prod(x.shape[1:])))
 
 
-# Config name -> network; each is called as (x, sigma) and gives logits.
-CLASSIFIERS = {"wide_resnet": WideResnet}
+# Config name -> network, which gives logits; how each is called is a row of LOGITS.
+CLASSIFIERS = {"wide_resnet": WideResnet, "unet_classifier": UNetClassifier}
 
 
 def logits_fn(network: Callable, sde: SDE) -> Callable:
@@ -199,3 +159,15 @@ def logits_fn(network: Callable, sde: SDE) -> Callable:
         return network(x / per_image(alpha, x), sde.sigma(t) / alpha)
 
     return logits
+
+
+def labelled_logits_fn(network: Callable, sde: SDE, label: str, num_scales: int) -> Callable:
+    """(x (B, H, W, C), t () or (B,)) -> logits (B, K) of a network told x_t and a label, a key of denoiser.LABELS."""
+    return lambda x, t: network(x, LABELS[label](sde, jnp.broadcast_to(t, x.shape[:1]), num_scales))
+
+
+# Config name -> (network, sde, the config's `denoiser`) -> logits of (x, t).
+LOGITS = {
+    "wide_resnet": lambda network, sde, told: logits_fn(network, sde),
+    "unet_classifier": lambda network, sde, told: labelled_logits_fn(network, sde, told.label, told.num_scales),
+}

@@ -5,6 +5,7 @@ its checkpoints load by identity. `dtype` is the computation type; parameters ar
 and softmax are float32 or better.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -135,6 +136,49 @@ class GroupNorm(nn.Module):
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     """(..., C) -> (..., D) as one matrix product: its weight gradient takes a third of a batched one's time on CPU."""
     return (x.reshape(-1, x.shape[-1]) @ weight + bias[None, :]).reshape(*x.shape[:-1], -1)
+
+
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+    """Convolution of images (B, H, W, C) with a kernel (h, w, C, D); zeros outside, ceil(H / stride) rows remain."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=layout)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: Array, kernel: Array, stride: int) -> Array:
+    """`_convolve`, with the gradient to x written as a convolution with the flipped kernel.
+
+    XLA on CPU takes a slow path for its own form of that gradient inside the loops of samplers. No forward-mode
+    derivatives.
+    """
+    return _convolve(x, kernel, stride)
+
+
+def _convolve_forward(x, kernel, stride):
+    return _convolve(x, kernel, stride), (x, kernel)
+
+
+def _convolve_backward(stride, saved, gradient):
+    x, kernel = saved
+    _, of_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, stride), kernel)
+    padding = []
+    for size, rows, width in zip(x.shape[1:3], gradient.shape[1:3], kernel.shape[:2], strict=True):
+        spread = (rows - 1) * stride + 1
+        before = width - 1 - max(spread - 1 + width - size, 0) // 2
+        padding.append((before, size + width - 1 - spread - before))
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    of_x = jax.lax.conv_general_dilated(
+        gradient,
+        flipped,
+        (1, 1),
+        padding,
+        lhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return of_x, of_kernel(gradient)[0]
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class NIN(nn.Module):

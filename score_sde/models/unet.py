@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from score_sde.errors import UserError
-from score_sde.models.classifier import convolve
 from score_sde.models.layers import (
     DTYPES,
     Conv,
@@ -27,6 +26,7 @@ from score_sde.models.layers import (
     GroupNorm,
     attention,
     class_weights,
+    convolve,
     default_init,
     require,
     require_multiple,

@@ -1,0 +1,15 @@
+"""ADM-U, which enlarges ImageNet's images from 128x128 to 512x512, FILE being 128_512_upsampler.pt.
+
+    python -m score_sde.importers FILE --workdir=runs/upsampler --config=configs/adm/upsampler_128_512.py
+
+308.8 M parameters. Published: FID 3.85 at the end of a guided stack from 128x128 (ADM-G, ADM-U; Dhariwal & Nichol 2021,
+Table 5). Not run here.
+"""
+
+from configs import base, models
+
+
+def get_config():
+    config = base.adm(512)
+    config.model = models.adm_upsampler(attn_levels=(4, 5))
+    return config

@@ -1,0 +1,15 @@
+"""EDM on AFHQv2 at 64x64 with NCSN++, FILE being edm-afhqv2-64x64-uncond-ve.pkl.
+
+    python -m score_sde.importers FILE --workdir=runs/edm --config=configs/edm/afhq_ve.py
+    python sample.py --workdir=runs/edm --solver=heun --steps=79
+
+62.8 M parameters. Published: FID 2.16 in 79 evaluations (Karras et al. 2022, Table 2). Not run here.
+"""
+
+from configs import base, models
+
+
+def get_config():
+    config = base.edm("afhqv2", 64, batch_size=256, lr=2e-4)
+    config.model = models.edm_ncsnpp(ch_mult=(1, 2, 2, 2), dropout=0.25)
+    return config
