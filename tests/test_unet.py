@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from score_sde.errors import UserError
 from score_sde.models.ncsnpp import NCSNpp
 from score_sde.models.published_unets import from_edm, from_guided_diffusion
 from score_sde.models.unet import UNet, UNetClassifier
@@ -282,3 +283,117 @@ def test_full_size_edm_equals_published(name):
         u = (x / np.hypot(np.float64(sigma), 0.5)).astype(np.float32)
         labels = np.broadcast_to(figures[f"c_noise{q}"], len(x))
         compared(apply(params, u, labels, y), reference.nhwc(figures[f"F{q}"]), 2e-5, f"{name} {q}")
+
+
+# -- What needs no reference --
+
+TINY = UNet(
+    nf=32,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_levels=(1,),
+    head_channels=32,
+    num_classes=3,
+    augment_dim=2,
+    dropout=0.5,
+)
+X, LABEL = jnp.asarray(reference.normal("unet/x", (2, 8, 16, 3))), jnp.asarray([1.0, 999.0])
+
+
+def tiny_params(network, *inputs):
+    """Every parameter drawn, so that no layer starts as zero."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    draw = lambda path, leaf: (
+        jnp.asarray(reference.normal(jax.tree_util.keystr(path), leaf.shape))
+        / np.sqrt(max(np.prod(leaf.shape[:-1]), 4))
+    )
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.mark.parametrize("network", [TINY, UNetClassifier(32, (1, 2), 1, (1,), head_channels=32, num_outputs=3)])
+def test_types(network):
+    """Parameters are float32, the output has the type of x, also in both modes of differentiation. Nothing runs."""
+    network = network.clone(dtype="bfloat16")
+    params = jax.eval_shape(network.init, jax.random.key(0), X, LABEL)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+    def derivatives(params, x):
+        out, pull = jax.vjp(lambda x: network.apply(params, x, LABEL), x)
+        gradient = jax.grad(lambda x: network.apply(params, x, LABEL).sum())
+        return out, pull(out)[0], jax.jvp(gradient, (x,), (x,))[1]  # the last as EMS of a guided model need it
+
+    out, *gradients = jax.eval_shape(derivatives, params, X)
+    assert out.dtype == jnp.float32
+    assert all((g.shape, g.dtype) == (X.shape, X.dtype) for g in gradients)
+
+
+def test_bfloat16_is_near_float32():
+    params = tiny_params(TINY, X, LABEL)
+    single, half = (quick_jit(TINY.clone(dtype=dtype).apply)(params, X, LABEL) for dtype in ("float32", "bfloat16"))
+    assert 1e-5 < np.abs(single - half).max() / np.abs(single).max() < 0.05
+
+
+def test_recomputed_stages_change_nothing():
+    params = tiny_params(TINY, X, LABEL)
+    assert jax.tree.structure(params) == jax.tree.structure(tiny_params(TINY.clone(remat=True), X, LABEL))
+    loss = lambda network: lambda params: (network.apply(params, X, LABEL, jnp.asarray([0, 2])) ** 2).sum()
+    ours, theirs = (quick_jit(jax.grad(loss(network)))(params) for network in (TINY, TINY.clone(remat=True)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), ours, theirs)
+
+
+def test_conditions():
+    """No class is `num_classes` or None, no augmentation zeros or None, and each input counts."""
+    params, apply = tiny_params(TINY, X, LABEL), quick_jit(TINY.apply)
+    plain = apply(params, X, LABEL)
+    assert np.array_equal(plain, apply(params, X, LABEL, jnp.asarray([3, 3]), augment=jnp.zeros((2, 2))))
+    for other in (
+        apply(params, X, LABEL, jnp.asarray([0, 1])),
+        apply(params, X, LABEL, augment=jnp.ones((2, 2))),
+        apply(params, X, LABEL[::-1]),
+        apply(params, X, LABEL, None, jax.random.split(jax.random.key(0), 2)),
+    ):
+        assert np.abs(other - plain).max(axis=(1, 2, 3)).min() > 1e-4
+
+
+def test_dropout_depends_on_an_example_alone():
+    params, apply = tiny_params(TINY, X, LABEL), quick_jit(TINY.apply)
+    keys = jax.random.split(jax.random.key(1), 2)
+    together = apply(params, X, LABEL, None, keys)
+    np.testing.assert_allclose(together[1:], apply(params, X[1:], LABEL[1:], None, keys[1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_it_starts_as_nothing():
+    """Zero: the last convolution of the network and of each branch, and the last map of each attention."""
+    params = quick_jit(TINY.init)(jax.random.key(0), X, LABEL)
+    assert np.abs(quick_jit(TINY.apply)(params, X, LABEL)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: UNet(dtype="int8"), "bfloat16"),
+        (lambda: UNetClassifier(pool="mean"), "adaptive, attention, spatial"),
+        (lambda: jax.eval_shape(TINY.init, jax.random.key(0), X[:, :7], LABEL), "multiples of 2"),
+        (lambda: jax.eval_shape(TINY.clone(nf=48).init, jax.random.key(0), X, LABEL), "multiples of 32"),
+        (lambda: jax.eval_shape(TINY.clone(head_channels=0, num_heads=5).init, jax.random.key(0), X, LABEL), "5 heads"),
+        (lambda: jax.eval_shape(TINY.clone(num_classes=0).init, jax.random.key(0), X, LABEL, LABEL), "takes no y"),
+        (
+            lambda: jax.eval_shape(
+                lambda: TINY.clone(augment_dim=0).init(jax.random.key(0), X, LABEL, augment=jnp.ones((2, 2)))
+            ),
+            "not told of augmentations",
+        ),
+        (
+            lambda: jax.eval_shape(
+                lambda: TINY.clone(low_res=True).apply(
+                    TINY.clone(low_res=True).init(jax.random.key(0), X, LABEL), X, LABEL
+                )
+            ),
+            "give them as low_res",
+        ),
+    ],
+)
+def test_bad_options_and_inputs_are_refused(call, told):
+    with pytest.raises(UserError, match=told) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)

@@ -12,7 +12,9 @@ import safetensors.numpy
 
 from score_sde.denoiser import noise_fn
 from score_sde.errors import UserError
-from score_sde.importers.foreign import read_checkpoint
+from score_sde.models.published import convert, to_torch
+from score_sde.foreign import read_checkpoint
+from score_sde.models.ddpm import DDPM
 from score_sde.models.published_unets import from_edm, from_guided_diffusion
 from score_sde.sde import EDM
 from tests import reference
@@ -160,5 +162,28 @@ def test_a_file_of_another_network_is_refused():
     ):
         with pytest.raises(UserError, match=told):
             from_edm(foreign.ema, network.clone(**changes), shape)
-    with pytest.raises(UserError, match="has no label_emb"):
+    with pytest.raises(UserError, match="none of guided diffusion"):
         from_guided_diffusion(foreign.ema, *adm("UNetModel", reference.cases("X_adm")["adm256_like"]["kwargs"]))
+
+
+@reference.needs_reference
+def test_the_importer_takes_the_converter_of_file_and_network():
+    read = lambda file: read_checkpoint(reference.FOLDER / "ckpt" / file)
+    adm_tiny, edm_tiny = (
+        adm("UNetModel", reference.cases("X_adm")["ckpt/adm_tiny.pt"]["kwargs"]),
+        edm("EDMPrecond", reference.cases("X_edm")["ckpt/edm_tiny.pkl"]["kwargs"]),
+    )
+    for file, (network, shape) in (("adm_tiny.pt", adm_tiny), ("edm_tiny.pkl", edm_tiny)):
+        foreign = read(file)
+        assert convert(foreign.kind, foreign.ema or foreign.model, network, shape)
+    for file, (network, shape), told in (
+        ("adm_tiny.pt", edm_tiny, "has no all_modules"),
+        ("edm_tiny.pkl", adm_tiny, "gives shape|has no"),
+        ("edm_tiny.pkl", (DDPM(), (8, 8, 3)), "networks ncsnpp and unet, the configured one is DDPM"),
+        ("torch_checkpoint_7.pth", adm_tiny, "none of guided diffusion"),
+    ):
+        foreign = read(file)
+        with pytest.raises(UserError, match=told):
+            convert(foreign.kind, foreign.ema or foreign.model, network, shape)
+    with pytest.raises(UserError, match="no network of this family"):
+        to_torch({}, *adm_tiny)

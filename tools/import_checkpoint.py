@@ -1,24 +1,28 @@
 """Import a published checkpoint as an ordinary run folder, or export a run to the PyTorch names.
 
-    python -m tools.import_checkpoint CHECKPOINT --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/new
+    python -m tools.import_checkpoint CHECKPOINT --workdir=runs/new [--config=configs/ve/cifar10_ncsnpp_continuous.py]
     python -m tools.import_checkpoint --export=weights.npz --workdir=runs/published
 
-CHECKPOINT is a file of the official code: PyTorch (.pth with model, EMA shadow list, step) or JAX (flax msgpack). It is
-read, never executed. The averaged parameters become both parameters and EMA of the run; --raw takes the others.
+CHECKPOINT is a file of Score-SDE's code, PyTorch (.pth with model, EMA shadow list, step) or JAX (flax msgpack), of EDM
+(.pkl), of guided diffusion (.pt), or safetensors. It is read, never executed. Without --config the one of configs/ is
+taken whose network the names and shapes fit, if they fit one alone. The averaged parameters become both parameters and
+EMA of the run; --raw takes the others. Where a file holds one set of parameters, that one is taken.
 """
 
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from experiments import build, program, runs
 from experiments.config import package_configs
 from score_sde import checkpoint, files, foreign, training
 from score_sde.errors import UserError
-from score_sde.models.published import from_flax, from_torch, to_torch
+from score_sde.models.published import convert, to_torch
 
 CONFIG = program.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write, or with --export to read.")
@@ -30,30 +34,35 @@ def main(arguments: list[str]):
     if EXPORT.value is not None:
         export(runs.open_model(WORKDIR.value), EXPORT.value)
     elif len(arguments) != 1 or WORKDIR.value is None:
-        raise UserError("give one checkpoint file, --config=... and --workdir=...")
+        raise UserError("give one checkpoint file and --workdir=...")
     else:
-        config, name = program.config_of(CONFIG), program.config_file()
-        import_checkpoint(arguments[0], config, pathlib.Path(WORKDIR.value), raw=RAW.value, name=name)
+        config = program.config_of(CONFIG) if flags.FLAGS["config"].present else None
+        name = program.config_file() if config is not None else None
+        import_checkpoint(arguments[0], pathlib.Path(WORKDIR.value), config, raw=RAW.value, name=name)
 
 
-def import_checkpoint(file: str, config, workdir: pathlib.Path, *, raw: bool = False, name: str = "the config"):
+def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: bool = False, name: str | None = None):
     """Read a checkpoint, check every name and shape, and only then write the run folder.
 
-    raw: take the parameters themselves, not their averages; name: of the config, for messages.
+    config: None for the only one of configs/ that fits; name: of the config, for messages.
+    raw: take the parameters themselves, not their averages.
     """
-    network, shape = build.network_of(config), build.diffusion_of(config).space.shape
     read = foreign.read_checkpoint(file)
-    params = read.model if raw else read.ema
-    which = "parameters" if raw else "averaged parameters (EMA)"
+    params, which = (read.model, "parameters") if raw else (read.ema, "averaged parameters (EMA)")
     if params is None:
-        other = "--raw takes the parameters" if read.model is not None else "it has neither"
-        raise UserError(f"{file} holds no {which}: {other}")
-    convert = {"torch": from_torch, "flax": from_flax}[read.kind]
+        params, which = (
+            (read.ema, "averaged parameters (EMA), the only ones") if raw else (read.model, "only parameters")
+        )
+    if params is None:
+        raise UserError(f"{file} holds no parameters")
+    to_ours = functools.partial(convert, read.kind)
+    if config is None:
+        config = only_fitting(file, fitting_configs(to_ours, params))
     try:
-        params = convert(params, network, shape)
+        params = to_ours(params, build.network_of(config), build.space_of(config).shape)
     except UserError as error:
         print("the parameters do not fit this config; trying the others ...")
-        fitting = fitting_configs(convert, params)
+        fitting = [path for path, _ in fitting_configs(to_ours, params)]
         advice = f"it fits {' and '.join(fitting)}" if fitting else "no config of configs/ has a network that it fits"
         raise UserError(f"{file} does not fit {name}: {error}; {advice}") from None
     if workdir.exists() and any(workdir.iterdir()):
@@ -71,12 +80,20 @@ def import_checkpoint(file: str, config, workdir: pathlib.Path, *, raw: bool = F
     print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
 
 
-def fitting_configs(convert: Callable, params: dict) -> list[str]:
-    """The files of configs/ whose network takes these parameters; the SDE is not told by them."""
+def only_fitting(file: str, fitting: list[tuple[str, ConfigDict]]) -> ConfigDict:
+    """The config that fits alone; which, is printed."""
+    if len(fitting) == 1:
+        print(f"{file} fits {fitting[0][0]}")
+        return fitting[0][1]
+    names = " or ".join(f"--config={path}" for path, _ in fitting)
+    remedy = f"say which one, {names}" if fitting else "give the --config whose network it is"
+    raise UserError(f"{file} fits {len(fitting) or 'no'} networks of configs/: {remedy}")
+
+
+def fitting_configs(convert: Callable, params: dict) -> list[tuple[str, ConfigDict]]:
+    """The files of configs/ whose network takes these parameters, and their configs; the SDE is not told by them."""
     verdicts, fitting = {}, []
     for path, config in package_configs():
-        if build.is_classifier(config):
-            continue
         shape = build.space_of(config).shape
         key = (str(config.model), shape)
         if key not in verdicts:
@@ -87,7 +104,7 @@ def fitting_configs(convert: Callable, params: dict) -> list[str]:
             except UserError:
                 verdicts[key] = False
         if verdicts[key]:
-            fitting.append(path)
+            fitting.append((path, config))
     return fitting
 
 

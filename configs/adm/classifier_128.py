@@ -1,6 +1,6 @@
 """The classifier of noisy ImageNet images of 128x128 that guides ADM, FILE being 128x128_classifier.pt.
 
-    python -m score_sde.importers FILE --workdir=runs/classifier --config=configs/adm/classifier_128.py
+    python -m tools.import_checkpoint FILE --workdir=runs/classifier --config=configs/adm/classifier_128.py
 
 42.6 M parameters. Published: guided, ADM has FID 2.97 instead of 5.91 (Dhariwal & Nichol 2021, Table 5). Not run here.
 """

@@ -1,6 +1,6 @@
 """The classifier of noisy ImageNet images of 512x512 that guides ADM, FILE being 512x512_classifier.pt.
 
-    python -m score_sde.importers FILE --workdir=runs/classifier --config=configs/adm/classifier_512.py
+    python -m tools.import_checkpoint FILE --workdir=runs/classifier --config=configs/adm/classifier_512.py
 
 54.4 M parameters. Published: guided, ADM has FID 7.72 instead of 23.24 (Dhariwal & Nichol 2021, Table 5). Not run here.
 """

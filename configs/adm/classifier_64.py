@@ -1,6 +1,6 @@
 """The classifier of noisy ImageNet images of 64x64 that guides ADM, FILE being 64x64_classifier.pt.
 
-    python -m score_sde.importers FILE --workdir=runs/classifier --config=configs/adm/classifier_64.py
+    python -m tools.import_checkpoint FILE --workdir=runs/classifier --config=configs/adm/classifier_64.py
 
 65.4 M parameters. Published: without it ADM has FID 2.07 (Dhariwal & Nichol 2021, Table 5). Not run here.
 """

@@ -1,6 +1,6 @@
 """ADM on LSUN cats at 256x256, FILE being lsun_cat.pt.
 
-    python -m score_sde.importers FILE --workdir=runs/adm --config=configs/adm/lsun_cat.py
+    python -m tools.import_checkpoint FILE --workdir=runs/adm --config=configs/adm/lsun_cat.py
     python sample.py --workdir=runs/adm --solver=dpmpp --steps=20
 
 552.8 M parameters. Published: FID 5.57 in 1000 steps (Dhariwal & Nichol 2021, Table 5). Not run here.

@@ -1,6 +1,6 @@
 """ADM-U, which enlarges ImageNet's images from 128x128 to 512x512, FILE being 128_512_upsampler.pt.
 
-    python -m score_sde.importers FILE --workdir=runs/upsampler --config=configs/adm/upsampler_128_512.py
+    python -m tools.import_checkpoint FILE --workdir=runs/upsampler --config=configs/adm/upsampler_128_512.py
 
 308.8 M parameters. Published: FID 3.85 at the end of a guided stack from 128x128 (ADM-G, ADM-U; Dhariwal & Nichol 2021,
 Table 5). Not run here.

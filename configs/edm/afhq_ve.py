@@ -1,6 +1,6 @@
 """EDM on AFHQv2 at 64x64 with NCSN++, FILE being edm-afhqv2-64x64-uncond-ve.pkl.
 
-    python -m score_sde.importers FILE --workdir=runs/edm --config=configs/edm/afhq_ve.py
+    python -m tools.import_checkpoint FILE --workdir=runs/edm --config=configs/edm/afhq_ve.py
     python sample.py --workdir=runs/edm --solver=heun --steps=79
 
 62.8 M parameters. Published: FID 2.16 in 79 evaluations (Karras et al. 2022, Table 2). Not run here.

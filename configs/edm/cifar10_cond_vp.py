@@ -1,6 +1,6 @@
 """EDM on CIFAR-10, class-conditional, with DDPM++, FILE being edm-cifar10-32x32-cond-vp.pkl.
 
-    python -m score_sde.importers FILE --workdir=runs/edm --config=configs/edm/cifar10_cond_vp.py
+    python -m tools.import_checkpoint FILE --workdir=runs/edm --config=configs/edm/cifar10_cond_vp.py
     python sample.py --workdir=runs/edm --solver=heun --steps=35
 
 55.7 M parameters. Published: FID 1.79 in 35 evaluations (Karras et al. 2022, Table 2). Not run here.

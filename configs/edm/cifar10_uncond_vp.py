@@ -1,6 +1,6 @@
 """EDM on CIFAR-10, unconditional, with DDPM++, FILE being edm-cifar10-32x32-uncond-vp.pkl.
 
-    python -m score_sde.importers FILE --workdir=runs/edm --config=configs/edm/cifar10_uncond_vp.py
+    python -m tools.import_checkpoint FILE --workdir=runs/edm --config=configs/edm/cifar10_uncond_vp.py
     python sample.py --workdir=runs/edm --solver=heun --steps=35
 
 55.7 M parameters. Published: FID 1.97 in 35 evaluations (Karras et al. 2022, Table 2). DPM-Solver-v3: 12.21 in 5

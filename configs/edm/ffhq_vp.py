@@ -1,6 +1,6 @@
 """EDM on FFHQ at 64x64 with DDPM++, FILE being edm-ffhq-64x64-uncond-vp.pkl.
 
-    python -m score_sde.importers FILE --workdir=runs/edm --config=configs/edm/ffhq_vp.py
+    python -m tools.import_checkpoint FILE --workdir=runs/edm --config=configs/edm/ffhq_vp.py
     python sample.py --workdir=runs/edm --solver=heun --steps=79
 
 61.8 M parameters. Published: FID 2.39 in 79 evaluations (Karras et al. 2022, Table 2). Not run here.

@@ -1,6 +1,6 @@
 """EDM on ImageNet at 64x64, class-conditional, with ADM's U-Net, FILE being edm-imagenet-64x64-cond-adm.pkl.
 
-    python -m score_sde.importers FILE --workdir=runs/edm --config=configs/edm/imagenet64.py
+    python -m tools.import_checkpoint FILE --workdir=runs/edm --config=configs/edm/imagenet64.py
     python sample.py --workdir=runs/edm --solver=stochastic_heun --steps=511
 
 295.9 M parameters. Published: FID 1.36 in 511 evaluations (Karras et al. 2022, Table 3). Not run here.

@@ -17,9 +17,30 @@ import numpy as np
 from flax import traverse_util
 
 from score_sde.errors import UserError
+from score_sde.models.ncsnpp import NCSNpp
 from score_sde.models.ncsnv2 import NCSNv2
+from score_sde.models.published_unets import from_edm, from_guided_diffusion
+from score_sde.models.unet import UNet, UNetClassifier
 
 Path = tuple[str, ...]
+
+
+def convert(kind: str, params: Mapping, network: nn.Module, image_shape: tuple[int, int, int]) -> dict:
+    """The parameter tree of `network`, for images of `image_shape` (H, W, C), from what foreign.py read.
+
+    kind: "torch", "flax" or "edm", of the file; UserError where such a file holds no network of this family.
+    """
+    plain = {"torch": from_torch, "flax": from_flax}
+    converters = {
+        ("torch", UNet): from_guided_diffusion,
+        ("torch", UNetClassifier): from_guided_diffusion,
+        ("edm", UNet): from_edm,
+        ("edm", NCSNpp): from_edm,
+    }
+    converter = converters.get((kind, type(network)), plain.get(kind))
+    if converter is None:
+        raise UserError(f"EDM's files hold networks ncsnpp and unet, the configured one is {type(network).__name__}")
+    return converter(params, network, image_shape)
 
 
 def from_torch(state: Mapping[str, np.ndarray], network: nn.Module, image_shape: tuple[int, int, int]) -> dict:
@@ -117,6 +138,8 @@ def _trace(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[list[
 
 def _torch_names(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[Path, str], dict[Path, tuple]]:
     """The PyTorch name and the Flax shape of every parameter, by Flax path."""
+    if type(network) in (UNet, UNetClassifier):
+        raise UserError("the official code of Score-SDE has no network of this family")
     order, shapes = _trace(network, image_shape)
     if isinstance(network, NCSNv2):
         layers = lambda path: _refinenet_layers(path[:-1], len(network.widths))

@@ -106,6 +106,7 @@ def from_guided_diffusion(
     order: "new" or "legacy", of the channels of qkv (`use_new_attention_order` there), which a file does not tell;
         by default that of the published networks.
     """
+    _require(state, "time_embed.0.weight", "guided diffusion")
     shapes = _shapes(network, image_shape)
     if not order:
         order = "new" if (network.nf, network.ch_mult, network.num_res_blocks) in IN_NEW_ORDER else "legacy"
@@ -122,11 +123,18 @@ def from_edm(state: Mapping[str, np.ndarray], network: UNet | NCSNpp, image_shap
     and noise levels among the names are left out.
     """
     state = {name.removeprefix("model."): array for name, array in state.items()}
+    _require(state, "map_layer0.weight", "EDM")
     unused = {name for name in state if name.endswith("resample_filter") or name == "u"}
     shapes = _shapes(network, image_shape)
     names, rows = {UNet: (_dhariwal_names, _rows), NCSNpp: (_song_names, _song_rows)}[type(network)]
     rows_of = lambda path: rows(network, path, shapes, "interleaved")
     return _imported(state, names(network, image_shape[0]), shapes, rows_of, unused)
+
+
+def _require(state: Mapping[str, np.ndarray], name: str, code: str):
+    """Refuse at once what is of another code."""
+    if name not in state:
+        raise UserError(f"the checkpoint has no {name}, so it is none of {code}")
 
 
 def _adm_names(stage: str, plan: Plan, resblock_updown: bool) -> dict[str, str]:
