@@ -125,10 +125,14 @@ TARGETS = {
     "x0": lambda x, eps, x0, alpha, sigma: x0,
     "v": lambda x, eps, x0, alpha, sigma: alpha * eps - sigma * x0,
     "edm": edm_target,
+    "vp": lambda x, eps, x0, alpha, sigma: eps,
     "flow": lambda x, eps, x0, alpha, sigma: eps - x0,
 }
 # What it sees of x, where it is not x itself.
-INPUTS = {"edm": lambda x, alpha, sigma: x / alpha / np.sqrt(SIGMA_DATA**2 + (sigma / alpha) ** 2)}
+INPUTS = {
+    "edm": lambda x, alpha, sigma: x / alpha / np.sqrt(SIGMA_DATA**2 + (sigma / alpha) ** 2),
+    "vp": lambda x, alpha, sigma: x / np.sqrt(alpha**2 + sigma**2),
+}
 
 
 def coefficients_of(sde, x):
