@@ -110,6 +110,7 @@ def edm_ddpmpp(**changes) -> ConfigDict:
         channel_mult_noise=1,
         channel_mult_emb=4,
         log_label=False,
+        fir_reversed=True,
         learn_sigma=False,
     )
     return ddpmpp(**(edm | changes))

@@ -25,7 +25,7 @@ RULES = (
             *(f"eval.{name}" for name in ("num_data", "batch_size", "num_samples")),
             *(f"eval.likelihood.{name}" for name in ("num_data", "repeats", "num_probes")),
             *("model.nf", "model.num_res_blocks", "model.blocks_per_group", "model.channel_multiplier"),
-            *("model.num_outputs", "model.patch_size", "model.num_scales"),
+            *("model.num_outputs", "model.patch_size", "model.num_scales", "model.channel_mult_emb"),
         ),
     ),
     ("at least 2", lambda value: value >= 2, ("ems.nodes", "eval.fine_steps")),
@@ -34,7 +34,8 @@ RULES = (
         lambda value: 0 <= value < float("inf"),
         (
             *("optim.warmup", "optim.weight_decay", "optim.eps", "training.cooldown"),
-            *("sampling.corrector_steps", "model.num_classes"),
+            *("sampling.corrector_steps", "model.num_classes", "model.augment_dim", "model.channel_mult_noise"),
+            *("model.num_heads", "model.num_heads_upsample", "model.head_channels", "model.groups"),
         ),
     ),
     (

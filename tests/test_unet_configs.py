@@ -1,9 +1,9 @@
 """Configs of EDM and guided diffusion: their networks are the published ones, by every argument."""
 
+import experiment
 import numpy as np
 import pytest
 
-import experiment
 from score_sde import denoiser
 from score_sde.models import MODELS
 from score_sde.models.classifier import CLASSIFIERS

@@ -12,9 +12,9 @@ import safetensors.numpy
 
 from score_sde.denoiser import noise_fn
 from score_sde.errors import UserError
-from score_sde.models.published import convert, to_torch
 from score_sde.foreign import read_checkpoint
 from score_sde.models.ddpm import DDPM
+from score_sde.models.published import convert, to_torch
 from score_sde.models.published_unets import from_edm, from_guided_diffusion
 from score_sde.sde import EDM
 from tests import reference
@@ -159,6 +159,7 @@ def test_a_file_of_another_network_is_refused():
         (dict(num_res_blocks=2), "has no enc"),
         (dict(augment_dim=0), "no place for"),
         (dict(resblock_type="ddpm"), "has no "),
+        (dict(fir=True, fir_kernel=(1, 3, 3, 1)), "not the filter"),
     ):
         with pytest.raises(UserError, match=told):
             from_edm(foreign.ema, network.clone(**changes), shape)

@@ -76,6 +76,7 @@ class NCSNpp(nn.Module):
         channel_mult_noise, channel_mult_emb    widths of the label's features and of the embedding, over nf;
                             0: the official 1 if "positional", 2 if "fourier"
         log_label           whether "fourier" takes the logarithm of the label
+        fir_reversed        the filter going down has its taps in the other order; symmetric ones stay the same
         learn_sigma         twice the channels, the second half of variances, which the denoiser cuts
     """
 
@@ -106,6 +107,7 @@ class NCSNpp(nn.Module):
     channel_mult_noise: int = 0
     channel_mult_emb: int = 4
     log_label: bool = True
+    fir_reversed: bool = False
     learn_sigma: bool = False
 
     def __post_init__(self) -> None:
@@ -133,6 +135,7 @@ class NCSNpp(nn.Module):
         dtype = jnp.dtype(self.dtype)
         act = NONLINEARITIES[self.nonlinearity]
         kernel = self.fir_kernel if self.fir else None
+        down_kernel = kernel[::-1] if kernel and self.fir_reversed else kernel
         biggan = self.resblock_type == "biggan"
         rescaled = functools.partial(merge, skip_rescale=self.skip_rescale)
         embedding = self._embedding(label, y, augment, dtype)
@@ -147,16 +150,16 @@ class NCSNpp(nn.Module):
             "dtype": dtype,
         } | ({"fir_kernel": kernel} if biggan else {})
 
-        def block(h: Array, features: int, **resample: str) -> Array:
-            return Block(features, **resample, **options)(h, embedding, dropout_keys)
+        def block(h: Array, features: int, **changes) -> Array:
+            return Block(features, **options | changes)(h, embedding, dropout_keys)
 
         def attention(h: Array) -> Array:
             return Attention(self.skip_rescale, self.init_scale, dtype)(h)
 
         def downsample(h: Array) -> Array:
             if biggan:
-                return block(h, h.shape[-1], resample="down")
-            return Downsample(kernel, self.resamp_with_conv, dtype=dtype)(h)
+                return block(h, h.shape[-1], resample="down", fir_kernel=down_kernel)
+            return Downsample(down_kernel, self.resamp_with_conv, dtype=dtype)(h)
 
         def upsample(h: Array) -> Array:
             if biggan:
@@ -179,10 +182,10 @@ class NCSNpp(nn.Module):
             if level < levels - 1:
                 h = downsample(h)
                 if self.progressive_input == "input_skip":
-                    input_pyramid = Downsample(kernel, with_conv=False)(input_pyramid)
+                    input_pyramid = Downsample(down_kernel, with_conv=False)(input_pyramid)
                     h = Combine(self.progressive_combine, dtype)(input_pyramid, h)
                 elif self.progressive_input == "residual":
-                    input_pyramid = Downsample(kernel, True, h.shape[-1], dtype)(input_pyramid)
+                    input_pyramid = Downsample(down_kernel, True, h.shape[-1], dtype)(input_pyramid)
                     h = input_pyramid = rescaled(input_pyramid, h)
                 skips.append(h)
 

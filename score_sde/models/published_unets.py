@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from score_sde.errors import UserError
 from score_sde.models.ncsnpp import NCSNpp
+from score_sde.models.resample import BOX
 from score_sde.models.unet import Plan, UNet, UNetClassifier
 
 Path = tuple[str, ...]
@@ -120,21 +121,33 @@ def from_edm(state: Mapping[str, np.ndarray], network: UNet | NCSNpp, image_shap
     """The parameter tree of `network`, for images of `image_shape` (H, W, C), from a state_dict of EDM.
 
     UNet takes a DhariwalUNet, NCSNpp a SongUNet, each in its preconditioner, whose names begin with `model.`. Filters
-    and noise levels among the names are left out.
+    must be those of the network; iDDPM's noise levels, `u`, are left out.
     """
     state = {name.removeprefix("model."): array for name, array in state.items()}
     _require(state, "map_layer0.weight", "EDM")
-    unused = {name for name in state if name.endswith("resample_filter") or name == "u"}
     shapes = _shapes(network, image_shape)
-    names, rows = {UNet: (_dhariwal_names, _rows), NCSNpp: (_song_names, _song_rows)}[type(network)]
+    names, rows, taps = {
+        UNet: (_dhariwal_names, _rows, lambda network: BOX),
+        NCSNpp: (_song_names, _song_rows, lambda network: network.fir_kernel if network.fir else BOX),
+    }[type(network)]
+    filters = {name for name in state if name.endswith("resample_filter")}
+    for name in filters:
+        _require_filter(name, np.asarray(state[name]), np.asarray(taps(network), np.float64))
     rows_of = lambda path: rows(network, path, shapes, "interleaved")
-    return _imported(state, names(network, image_shape[0]), shapes, rows_of, unused)
+    return _imported(state, names(network, image_shape[0]), shapes, rows_of, filters | {"u"})
 
 
 def _require(state: Mapping[str, np.ndarray], name: str, code: str):
     """Refuse at once what is of another code."""
     if name not in state:
         raise UserError(f"the checkpoint has no {name}, so it is none of {code}")
+
+
+def _require_filter(name: str, stored: np.ndarray, taps: np.ndarray):
+    """Refuse a stored filter (1, 1, K, K) other than that of these taps (K,)."""
+    expected = np.outer(taps, taps) / taps.sum() ** 2
+    if stored.shape[2:] != expected.shape or not np.allclose(stored[0, 0], expected, atol=1e-6):
+        raise UserError(f"{name} of the checkpoint is not the filter of the configured network's taps {taps.tolist()}")
 
 
 def _adm_names(stage: str, plan: Plan, resblock_updown: bool) -> dict[str, str]:

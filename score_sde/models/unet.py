@@ -244,7 +244,7 @@ class _Encoder(nn.Module):
 
 
 class UNet(_Encoder):
-    """The noise-conditional U-Net of ADM; the defaults are those of its class-conditional model for 64 x 64.
+    """The noise-conditional U-Net of ADM; the defaults are its model for 64 x 64, without classes and variances.
 
     `network(x, label, y=None, dropout_keys=None, augment=None, low_res=None)`:
         x       (B, H, W, C), H and W multiples of 2^(levels - 1); data range [-1, 1]
