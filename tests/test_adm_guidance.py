@@ -15,9 +15,6 @@ from solvers import dpm_solver, dpm_solver_v3, tableau
 from tests import reference
 from tests.test_unet import adm, compared, edm, figures_of, quick_jit, state_of
 
-pytestmark = reference.needs_reference
-
-
 CHAIN = DiscreteVP(t_min=1e-3, t_first=1e-3)
 
 

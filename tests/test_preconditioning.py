@@ -12,7 +12,6 @@ from tests import reference
 ROWS = {"edm": ("edm", "edm"), "vp": ("vp", "vp"), "ve": ("scaled_score", "ve"), "iddpm": ("vp", "iddpm")}
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ROWS)
 def test_preconditioners_equal_published(name):
     """D = x - sigma eps = c_skip x + c_out F, at alpha = 1."""
@@ -33,13 +32,11 @@ def test_preconditioners_equal_published(name):
     assert error < 1e-12
 
 
-@reference.needs_reference
 def test_noise_levels_of_iddpm_equal_published():
     expected = reference.arrays("X_edm")["precond_iddpm/u_f64"]
     np.testing.assert_allclose(denoiser.iddpm_sigmas(1000), expected, rtol=1e-12)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ROWS)
 def test_the_same_in_jax(name, x64):
     """As the denoiser calls them; the network is told integers of the type of t by iDDPM."""

@@ -37,7 +37,6 @@ def described(config) -> object:
     return (MODELS | CLASSIFIERS)[arguments.pop("name")](**arguments)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ADM)
 def test_networks_of_adm_are_the_published_ones(name):
     case, config = reference.cases("X_adm")[f"published/{ADM[name]}"], load(f"adm/{name}").get_config()
@@ -47,7 +46,6 @@ def test_networks_of_adm_are_the_published_ones(name):
     assert config.data.image_size == shape[0]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", EDM)
 def test_networks_of_edm_are_the_published_ones(name):
     case, config = reference.cases("X_edm")[f"published/{EDM[name]}"], load(f"edm/{name}").get_config()

@@ -25,11 +25,10 @@ EDM_FILES = ["edm_tiny.pkl", "edm_tiny_torch2.pkl"]
 FILES = [*EDM_FILES, "adm_tiny.pt"]
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("file", EDM_FILES)
 def test_an_edm_file_gives_every_tensor_and_the_arguments(file):
     case = reference.cases("X_edm")[f"ckpt/{file}"]
-    foreign = read_checkpoint(reference.FOLDER / "ckpt" / file)
+    foreign = read_checkpoint(reference.file(f"ckpt/{file}"))
     assert (foreign.kind, foreign.model, foreign.step) == ("edm", None, None)
     assert list(foreign.ema) == [name for name, _, _ in case["state_dict"]]
     for name, array in foreign.ema.items():
@@ -37,10 +36,9 @@ def test_an_edm_file_gives_every_tensor_and_the_arguments(file):
     assert foreign.arguments == case["kwargs"] | {"class_name": case["precond"]}
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("file", FILES)
 def test_tiny_files_give_the_stored_outputs(file, x64):
-    foreign = read_checkpoint(reference.FOLDER / "ckpt" / file)
+    foreign = read_checkpoint(reference.file(f"ckpt/{file}"))
     group = "X_adm" if file.startswith("adm") else "X_edm"
     case, figures = reference.cases(group)[f"ckpt/{file}"], figures_of(group, f"ckpt/{file}")
     x = reference.nhwc(figures["x"]).astype(np.float64)
@@ -62,11 +60,10 @@ def test_tiny_files_give_the_stored_outputs(file, x64):
     compared(D, reference.nhwc(figures["D_f64"]), 1e-9, file)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("file", EDM_FILES)
 def test_damaged_edm_files(file, tmp_path):
     """Refused in one line or read, in bounded memory; nothing is executed."""
-    content, path = (reference.FOLDER / "ckpt" / file).read_bytes(), tmp_path / "a.pkl"
+    content, path = reference.file(f"ckpt/{file}").read_bytes(), tmp_path / "a.pkl"
     rng, refused = np.random.default_rng(0), 0
     tracemalloc.start()
     try:
@@ -150,9 +147,8 @@ def test_safetensors(tmp_path):
         assert "\n" not in str(refusal.value)
 
 
-@reference.needs_reference
 def test_a_file_of_another_network_is_refused():
-    foreign = read_checkpoint(reference.FOLDER / "ckpt" / "edm_tiny.pkl")
+    foreign = read_checkpoint(reference.file("ckpt/edm_tiny.pkl"))
     network, shape = edm("EDMPrecond", reference.cases("X_edm")["ckpt/edm_tiny.pkl"]["kwargs"])
     for changes, told in (
         (dict(nf=32), "gives shape"),
@@ -167,9 +163,8 @@ def test_a_file_of_another_network_is_refused():
         from_guided_diffusion(foreign.ema, *adm("UNetModel", reference.cases("X_adm")["adm256_like"]["kwargs"]))
 
 
-@reference.needs_reference
 def test_the_importer_takes_the_converter_of_file_and_network():
-    read = lambda file: read_checkpoint(reference.FOLDER / "ckpt" / file)
+    read = lambda file: read_checkpoint(reference.file(f"ckpt/{file}"))
     adm_tiny, edm_tiny = (
         adm("UNetModel", reference.cases("X_adm")["ckpt/adm_tiny.pt"]["kwargs"]),
         edm("EDMPrecond", reference.cases("X_edm")["ckpt/edm_tiny.pkl"]["kwargs"]),

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from experiments import build, program, runs
 from experiments.config import package_configs
@@ -80,7 +79,7 @@ def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: boo
     print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
 
 
-def only_fitting(file: str, fitting: list[tuple[str, ConfigDict]]) -> ConfigDict:
+def only_fitting(file: str, fitting: list[tuple]):
     """The config that fits alone; which, is printed."""
     if len(fitting) == 1:
         print(f"{file} fits {fitting[0][0]}")
@@ -90,7 +89,7 @@ def only_fitting(file: str, fitting: list[tuple[str, ConfigDict]]) -> ConfigDict
     raise UserError(f"{file} fits {len(fitting) or 'no'} networks of configs/: {remedy}")
 
 
-def fitting_configs(convert: Callable, params: dict) -> list[tuple[str, ConfigDict]]:
+def fitting_configs(convert: Callable, params: dict) -> list[tuple]:
     """The files of configs/ whose network takes these parameters, and their configs; the SDE is not told by them."""
     verdicts, fitting = {}, []
     for path, config in package_configs():
