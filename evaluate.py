@@ -43,7 +43,7 @@ INCEPTION_WEIGHTS = flags.DEFINE_string("inception_weights", None, "pytorch-fid'
 INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf (TensorFlow's) or pf (pytorch-fid's).")
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Images of fid; published numbers take 50000.", lower_bound=2)
-SOLVER = flags.DEFINE_list("solver", None, "Of fid, and the first of samples; the config's if absent.")
+SOLVER = flags.DEFINE_list("solver", None, "Solvers for fid, the first also for samples; the config's if absent.")
 STEPS = flags.DEFINE_list("steps", None, "Network evaluations, likewise; with each solver. The config's if absent.")
 
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance of samples, fid and convergence.")

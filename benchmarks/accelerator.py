@@ -255,7 +255,7 @@ def likelihood(batch: int, precision: str, changes: dict) -> Work:
 
 
 def compile_all(works: dict[str, Callable[[], Work]], left: Callable[[], float]) -> dict[str, Compiled]:
-    """Those that compile in the time left, some at once and in their order."""
+    """The works that compile in the time left, some at once and in their order."""
     waiting, compiled, done = queue.SimpleQueue(), {}, queue.SimpleQueue()
     for item in works.items():
         waiting.put(item)

@@ -27,12 +27,12 @@ BATCH = 256  # samples at a time
 
 
 def models() -> Iterator[runs.Model]:
-    """Those of --workdir."""
+    """The models of --workdir."""
     return (runs.open_model(workdir) for workdir in WORKDIR.value or [None])
 
 
 def steps() -> list[int]:
-    """Those of --steps."""
+    """The numbers of --steps."""
     return [int(text) for text in STEPS.value]
 
 

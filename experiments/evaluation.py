@@ -120,7 +120,7 @@ def training(model, folder) -> dict:
 
 
 def shown_ems(model, folder) -> dict:
-    """Of which images the statistics are that a sampler would take, and their picture."""
+    """Name the images behind the statistics that a sampler would take, and their picture."""
     path = measuring.find(model)
     if path is None:
         return {}

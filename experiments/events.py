@@ -64,7 +64,7 @@ MEAN_OF = 20  # the last values logged
 
 
 def training(folder: pathlib.Path, last_step: int) -> tuple[dict, Curve, Curve | None] | None:
-    """Of what train.py logged: a record of it, the loss, and that of averaged parameters on test images; or None."""
+    """Read what train.py logged: a record of it, the loss, and the averaged parameters' on test images; or None."""
     curves, hours, devices = scalars(folder, last_step)
     if "loss" not in curves:
         return None

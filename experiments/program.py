@@ -35,7 +35,7 @@ def shared_flags():
 def run(main: Callable[..., None], *, files: bool = False):
     """Run a program after parsing its flags. A UserError, or a disk that refuses, is one line and exit code 2.
 
-    Of several processes the first alone talks; if one dies, the others end with exit code 75.
+    Where there are several processes, the first alone talks; if one dies, the others end with exit code 75.
     files: whether it takes arguments that are no flags; main is called with them.
     """
     logging.set_verbosity(logging.FATAL)

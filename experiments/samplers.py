@@ -170,7 +170,7 @@ def build_tableau(
 ) -> tuple[Tableau, dict]:
     """A solver's table under an SDE, and the options it was built with; misspelt options are refused by name.
 
-    ems: of the model, for dpmv3; None for the others. Of dpmv3, options that are not given are those published for the
+    ems: of the model, for dpmv3; None for the others. Options of dpmv3 that are not given are those published for the
         kind of model; sampling ends at no smaller t than the EMS do.
     guidance_scale: of the sampled model, if it is not the EMS' own.
     """

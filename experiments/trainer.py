@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
         batches = stream.batches(step)
         reported, vote, skipped, unread = (time.monotonic(), step), None, 0, []
         while step < fields.n_iters:
-            # Of the call before, so that never more than one is ahead, and all processes stop at one step.
+            # The vote of the call before, so that never more than one is ahead, and all processes stop at one step.
             if vote is not None and (stopped := int(parallel.first(vote))):
                 break
             count = fields.steps_per_call - step % fields.steps_per_call

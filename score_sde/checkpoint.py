@@ -31,7 +31,7 @@ class Checkpoints:
 
     keep_every: keep checkpoints at multiples of this many steps for good, besides the newest two; None to read only.
 
-    Of several processes, which all see the folder, the first writes; each reads for itself.
+    Where several processes see the folder, the first writes, and each reads for itself.
     """
 
     def __init__(self, workdir, keep_every: int | None = None):
@@ -117,7 +117,7 @@ class Checkpoints:
         """The last step that `read`, such as `restore`, does not find damaged, and what it returns; None if no steps.
 
         Says which steps are passed over; a writer puts them aside, so that their steps can be written again.
-        Of several processes all must arrive at the same step.
+        Where there are several processes, all must arrive at the same step.
         """
         steps, found = self.steps(), None
         for step in reversed(steps):

@@ -1,6 +1,6 @@
 """Files that appear whole or not at all: written under a temporary name beside them, then renamed. And .npz of anyone.
 
-Of several processes of a job, which all call the same, the first alone writes.
+Where several processes of a job call the same function, the first alone writes.
 """
 
 import contextlib

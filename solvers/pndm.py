@@ -2,7 +2,7 @@
 
 Classical formulas for eps, as if time ran uniformly, then DDIM's transfer with the combined eps. In the variables
 u = x / alpha and rho = sigma / alpha of du = eps drho: u_t = u_s + (rho_t - rho_s) sum_k w_k eps_k, w_k those of
-Adams-Bashforth. Of order 2 at least, and of the order of w if the grid is uniform in rho.
+Adams-Bashforth. The order is 2 at least, and that of w if the grid is uniform in rho.
 """
 
 from collections.abc import Sequence

@@ -33,12 +33,12 @@ class Gaussian(NamedTuple):
 
 
 def empty(dimension: int) -> Gaussian:
-    """Of no features yet."""
+    """The moments of no features yet."""
     return Gaussian(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
 
 def merge(a: Gaussian, b: Gaussian) -> Gaussian:
-    """Of both sets together (Chan et al. 1983, eq. 2.1): centred, so nothing cancels."""
+    """The moments of both sets together (Chan et al. 1983, eq. 2.1): centred, so nothing cancels."""
     n = a.n + b.n
     shift = b.mean - a.mean
     scatter = a.scatter + b.scatter + np.outer(shift, shift) * (a.n * b.n / n)
@@ -46,7 +46,7 @@ def merge(a: Gaussian, b: Gaussian) -> Gaussian:
 
 
 def gaussian(x: np.ndarray) -> Gaussian:
-    """Of features (N, D)."""
+    """The moments of features (N, D)."""
     x = np.asarray(x, np.float64)
     mean = x.mean(0)
     centred = x - mean

@@ -124,7 +124,7 @@ KEPT = 10_000  # images whose features stay in memory, for the distances that co
 
 
 class Measured(NamedTuple):
-    """Of n images: moments of all features, features of the first KEPT (float32), logits of all (float32)."""
+    """Measure n images: moments of all features, features of the first KEPT (float32), logits of all (float32)."""
 
     moments: Gaussian
     features: np.ndarray
@@ -183,7 +183,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(found: Measured, provenance: dict) -> Statistics:
-    """Of a data set's images; the network's identity belongs into the provenance."""
+    """The statistics of a data set's images; the network's identity belongs into the provenance."""
     return Statistics(found.moments.mean, found.moments.covariance, found.moments.n, found.features, provenance)
 
 

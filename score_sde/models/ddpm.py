@@ -56,7 +56,7 @@ class DDPM(nn.Module):
     attention where the height is one of `attn_resolutions`, after each block going down but once per level going up.
     All numbers of features must be multiples of 32.
 
-    Arguments have the official names. Those that are not self-explanatory:
+    Arguments have the official names. What is not self-explanatory:
         resamp_with_conv    whether convolutions follow nearest upsampling, and stand in for averages in downsampling
         conditional         whether blocks see the label
     """

@@ -56,7 +56,7 @@ class NCSNpp(nn.Module):
     Residual blocks, by level: features nf * ch_mult[level], `num_res_blocks` going down and one more going up;
     attention where the height is one of `attn_resolutions`, after each block going down but once per level going up.
 
-    Arguments have the official names. Those that are not self-explanatory:
+    Arguments have the official names. What is not self-explanatory:
         fir, fir_kernel     low-pass filter whatever is resampled, as in StyleGAN-2
         skip_rescale        divide residual sums by sqrt(2)
         resblock_type       "biggan": blocks resample; "ddpm": layers between them do, by resamp_with_conv with weights
