@@ -1,7 +1,7 @@
 """Attention of many heads in slices of bounded memory, for networks on large latents.
 
-Self-attention over 64 x 64 latents has 4096^2 logits for each head of each image: 64 MB in float32, and 1 GB for the two
-images of a guided step with 8 heads. Slices hold no more than LOGITS of them at a time.
+Self-attention over 64 x 64 latents has 4096^2 logits for each head of each image: 64 MB in float32, and 1 GB for the
+two images of a guided step with 8 heads. Slices hold no more than LOGITS of them at a time.
 """
 
 import math

@@ -245,8 +245,8 @@ ATTENTION = {
     "/proj": (".proj_out", ".to_out.0"),
 }
 CONV = {"": ("", "")}
-# Stages, ours: (latent-diffusion's, diffusers', their layers). l is the level, r the same counted from the lowest, i the
-# number within the level.
+# Stages, ours: (latent-diffusion's, diffusers', their layers). l is the level, r the same counted from the lowest, i
+# the number within the level.
 STAGES = {
     "encoder/conv_in": ("encoder.conv_in", "encoder.conv_in", CONV),
     "encoder/level_{l}_block_{i}": ("encoder.down.{l}.block.{i}", "encoder.down_blocks.{l}.resnets.{i}", BLOCK),
