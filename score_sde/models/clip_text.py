@@ -15,30 +15,14 @@ from jax import Array
 
 from score_sde.errors import UserError
 from score_sde.models.attention import attend
-from score_sde.models.layers import DTYPES, at_least_float32, require
+from score_sde.models.layers import DTYPES, require
 from score_sde.models.names import parameters, shapes_of
+from score_sde.models.transformer import LayerNorm
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP: Stable Diffusion 1
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # OpenCLIP: Stable Diffusion 2
 }
-
-
-class LayerNorm(nn.Module):
-    """Layer normalization of the last axis, with the parameters of `flax.linen.LayerNorm`, in float32 or better."""
-
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        precise = at_least_float32(jnp.dtype(self.dtype))
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32).astype(precise)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32).astype(precise)
-        x = x.astype(precise)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-        channels = (1,) * (x.ndim - 1) + (-1,)
-        return (x * scale.reshape(channels) + bias.reshape(channels)).astype(jnp.dtype(self.dtype))
 
 
 class Layer(nn.Module):

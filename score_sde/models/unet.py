@@ -32,6 +32,7 @@ from score_sde.models.layers import (
     require_multiple,
 )
 from score_sde.models.resample import downsample_2d, upsample_2d
+from score_sde.models.transformer import SpatialTransformer
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
@@ -46,6 +47,7 @@ class Options(NamedTuple):
     dropout: float
     dtype: str
     convolve: Callable | None = None  # in place of jax.lax.conv_general_dilated for 3 x 3 convolutions of stride 1
+    depth: int = 0  # of transformers in place of attention; 0: there are none
 
     def norm(self, name: str) -> GroupNorm:
         return GroupNorm(jnp.dtype(self.dtype), self.groups, 1e-5, name=name)
@@ -151,17 +153,20 @@ class Plan(NamedTuple):
 
 
 class Stage(nn.Module):
-    """One entry of the list. A latent model's attention to a context takes the place of `Attention` here."""
+    """One entry of the list. A latent model's transformer, told a context (B, M, D), takes the place of `Attention`."""
 
     plan: Plan
     options: Options
 
     @nn.compact
-    def __call__(self, h: Array, embedding: Array, dropout_keys: Array | None) -> Array:
+    def __call__(self, h: Array, embedding: Array, dropout_keys: Array | None, context: Array | None = None) -> Array:
         features, heads, resample = self.plan
         if features:
             h = Block(features, self.options, name="block")(h, embedding, dropout_keys)
-        if heads:
+        if heads and self.options.depth:
+            options = self.options
+            h = SpatialTransformer(heads, options.depth, options.dtype, options.groups, name="transformer")(h, context)
+        elif heads:
             h = Attention(heads, self.options, name="attention")(h)
         if resample and self.options.resblock_updown:
             h = Block(h.shape[-1], self.options, resample, name="resample")(h, embedding, dropout_keys)
@@ -226,19 +231,26 @@ class _Encoder(nn.Module):
         return Options(**{name: getattr(self, name) for name in fields} | changes)
 
     def _run(self, name: str, plan: Plan, options: Options) -> Callable:
-        """(h, embedding, dropout keys) -> h of one stage. To be called within a compact method."""
+        """(h, embedding, dropout keys, context) -> h of one stage. To be called within a compact method."""
         return (nn.remat(Stage) if self.remat else Stage)(plan, options, name=name)
 
     def _dense(self, name: str, **changes) -> nn.Dense:
         width = changes.pop("features", self.nf * self.channel_mult_emb)
         return nn.Dense(width, kernel_init=default_init(), dtype=jnp.dtype(self.dtype), name=name, **changes)
 
-    def _encode(self, x: Array, embedding: Array, dropout_keys: Array | None, options: Options) -> list[Array]:
+    def _encode(
+        self,
+        x: Array,
+        embedding: Array,
+        dropout_keys: Array | None,
+        options: Options,
+        context: Array | None = None,
+    ) -> list[Array]:
         """What every input stage gives, then what the middle gives. To be called within a compact method."""
         require_multiple(x, 2 ** (len(self.ch_mult) - 1))
         hs = [options.conv(self.nf * self.ch_mult[0], "input_0")(x)]
         for name, plan in self._way_down().items():
-            hs.append(self._run(name, plan, options)(hs[-1], embedding, dropout_keys))
+            hs.append(self._run(name, plan, options)(hs[-1], embedding, dropout_keys, context))
         hs.pop(-2)  # the middle's first half is on no skip connection
         return hs
 
@@ -250,7 +262,7 @@ class UNet(_Encoder):
         x       (B, H, W, C), H and W multiples of 2^(levels - 1); data range [-1, 1]
         label   (B,) what the positional embedding gets
         y       (B,) int32 classes, or (B, num_classes) weights of classes, if `num_classes`; `num_classes` itself, or
-                y=None, means "no class"
+                y=None, means "no class". If `context_dim`, the context (B, M, context_dim) instead
         dropout_keys    (B,) PRNG keys, one for each example: turns dropout on
         augment (B, augment_dim) how the images were augmented, if `augment_dim`; None: not at all, which is zeros
         low_res (B, h, w, C) the small images that an upsampler (`low_res`) enlarges
@@ -267,6 +279,9 @@ class UNet(_Encoder):
     channel_mult_noise, channel_mult_emb    widths of the label's features and of the embedding, over nf
     num_classes, augment_dim, low_res       of the inputs above; 0 or False: there is none
     learn_sigma         as many channels more, of the variances (Nichol & Dhariwal 2021), which the denoiser cuts
+    context_dim, transformer_depth      of latent diffusion: features of a context, and blocks of the transformers that
+                        take the place of attention; 0: there is no context
+    out_channels        of the result, if it is another number: an inpainting network is told more than x
     remat               recompute the stages in the backward pass, to save memory
     """
 
@@ -277,6 +292,14 @@ class UNet(_Encoder):
     augment_dim: int = 0
     low_res: bool = False
     learn_sigma: bool = False
+    context_dim: int = 0
+    transformer_depth: int = 1
+    out_channels: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context_dim and self.num_classes:
+            raise UserError("a network has a context (context_dim) or classes (num_classes), not both")
+        super().__post_init__()
 
     def stages(self) -> dict[str, Plan]:
         """All stages in order of use, by name, but for the first convolution, `input_0`."""
@@ -302,17 +325,19 @@ class UNet(_Encoder):
         augment: Array | None = None,
         low_res: Array | None = None,
     ) -> Array:
-        dtype, options = jnp.dtype(self.dtype), self._options()
+        dtype = jnp.dtype(self.dtype)
+        options = self._options(depth=self.transformer_depth if self.context_dim else 0)
+        context, y = (self._context(x, y), None) if self.context_dim else (None, y)
         embedding = self._embedding(label, y, augment)
         h = x.astype(dtype)
         if self.low_res:
             h = jnp.concatenate([h, self._enlarged(low_res, x).astype(dtype)], axis=-1)
-        *skips, h = self._encode(h, embedding, dropout_keys, options)
+        *skips, h = self._encode(h, embedding, dropout_keys, options, context)
         for name, plan in self._way_up().items():
             h = jnp.concatenate([h, skips.pop()], axis=-1)
-            h = self._run(name, plan, options)(h, embedding, dropout_keys)
+            h = self._run(name, plan, options)(h, embedding, dropout_keys, context)
         h = nn.swish(options.norm("out_norm")(h))
-        channels = x.shape[-1] * (2 if self.learn_sigma else 1)
+        channels = self.out_channels or x.shape[-1] * (2 if self.learn_sigma else 1)
         return options.conv(channels, "out_conv", init_scale=0.0)(h).astype(x.dtype)
 
     def _embedding(self, label: Array, y: Array | None, augment: Array | None) -> Array:
@@ -332,6 +357,15 @@ class UNet(_Encoder):
                 class_weights(y, len(label), self.num_classes, features.dtype)
             )
         return embedding
+
+    def _context(self, x: Array, y: Array | None) -> Array:
+        """The context (B, M, D), if it is one for this network."""
+        if y is None and self.is_initializing():
+            return jnp.zeros((len(x), 1, self.context_dim), x.dtype)
+        if y is None or y.ndim != 3 or y.shape[-1] != self.context_dim:
+            told = "none" if y is None else f"one of shape {y.shape}"
+            raise UserError(f"this network needs a context (B, M, {self.context_dim}), but got {told}")
+        return y
 
     def _enlarged(self, low_res: Array | None, x: Array) -> Array:
         """The small images (B, h, w, C) at the size of x, bilinearly."""
