@@ -127,6 +127,7 @@ _DTYPES = {
         ("Int", "<i4"),
         ("Long", "<i8"),
         ("Bool", "?"),
+        ("BFloat16", jnp.bfloat16),
     )
 }
 _LARGEST_PICKLE = 2**24  # bytes; a thousand tensors take 0.1 MB, and the objects it builds up to a hundred times more
@@ -282,11 +283,11 @@ def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] |
                     _expect(stack[-1], list).extend(items)
                 case "SETITEM":
                     value, key = stack.pop(), stack.pop()
-                    _expect(stack[-1], dict)[_expect(key, str, int)] = value
+                    _expect(stack[-1], dict)[_expect(key, str, int, _Global)] = value
                 case "SETITEMS":
                     items = since_mark()
                     for key, value in zip(items[::2], items[1::2], strict=True):
-                        _expect(stack[-1], dict)[_expect(key, str, int)] = value
+                        _expect(stack[-1], dict)[_expect(key, str, int, _Global)] = value
                 case "BINPUT" | "LONG_BINPUT":
                     memo[argument] = stack[-1]
                 case "MEMOIZE":
@@ -302,7 +303,7 @@ def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] |
                     stack.append(_storage(stack.pop()))
                 case "REDUCE" | "NEWOBJ":
                     arguments, function = stack.pop(), stack.pop()
-                    stack.append(calls[_expect(function, _Global)](_expect(arguments, tuple)))
+                    stack.append(calls.get(_expect(function, _Global), _skipped)(_expect(arguments, tuple)))
                 case "BUILD":
                     # Attributes of a dictionary: PyTorch gives a state_dict its `_metadata`, which is of no use here.
                     attributes = stack.pop()
@@ -318,9 +319,9 @@ def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] |
 
 
 def _known(module: Any, name: Any, calls: dict) -> _Global:
-    """The global, if checkpoints need it."""
+    """The global, if checkpoints need it, or if it is one of lightning's, which stand beside the parameters."""
     reference = _Global(module, name)
-    if reference not in calls:
+    if reference not in calls and str(module).split(".")[0] not in _BESIDE:
         raise _Malformed(f"its pickle asks for {_one_line(module)}.{_one_line(name)}, which no checkpoint needs")
     return reference
 
@@ -349,17 +350,39 @@ def _tensor(arguments: tuple) -> _Tensor:
     raise _Malformed("its pickle makes a call that no checkpoint needs")
 
 
+# Packages of training, whose objects stand beside the parameters in the files of latent diffusion.
+_BESIDE = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
+
+
+def _skipped(arguments: tuple) -> _Object:
+    """What stands for an object that no parameter depends on."""
+    return _Object("", {})
+
+
 def _refuse(arguments: tuple):
     raise _Malformed("its pickle makes a call that no checkpoint needs")
 
 
 _TORCH = {_ORDERED_DICT: _ordered_dict, _TENSOR: _tensor} | dict.fromkeys(_DTYPES, _refuse)
+# Numbers that callbacks keep; a file says so without a word of lightning where they are its last score.
+_TORCH |= {
+    _Global("numpy", "dtype"): _skipped,
+    _Global("numpy.core.multiarray", "scalar"): _skipped,
+    _Global("numpy._core.multiarray", "scalar"): _skipped,
+    _Global("_codecs", "encode"): _skipped,
+}
 
 
 def _parts(saved: Any, data_of: Callable[[str], bytes]) -> Foreign:
-    """The official structure, {model: state_dict, ema: {shadow_params: list}, step: int}, or a state_dict alone."""
-    state = _expect(_expect(saved, dict).get("model", saved), dict)
+    """The official structure, {model: state_dict, ema: {shadow_params: list}, step: int}, or a state_dict alone.
+
+    Lightning's is {state_dict, global_step} and more.
+    """
+    lightning = "state_dict" in _expect(saved, dict)
+    state = _expect(saved.get("state_dict" if lightning else "model", saved), dict)
     model = {_expect(name, str): _array(name, tensor, data_of) for name, tensor in state.items()}
+    if lightning:
+        return Foreign("torch", model, None, _expect(saved.get("global_step"), int, type(None)))
     if state is saved or "ema" not in saved:
         return Foreign("torch", model, None, None)
     step = _expect(saved.get("step"), int, type(None))

@@ -1,0 +1,71 @@
+"""The latents that a diffusion model of an autoencoder sees, and its context from prompts.
+
+Latents are those of the autoencoder times a scale, by which they have about unit variance. Functions here take a
+network and its parameters, and are pure.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from score_sde.errors import UserError
+from score_sde.models.autoencoder import Autoencoder, gaussian
+from score_sde.models.clip_text import CLIPText
+from score_sde.tokenizer import Tokenizer
+
+
+def encoder(network: Autoencoder, params: dict, scale: float) -> Callable:
+    """(key, images (B, H, W, C) in [-1, 1]) -> latents (B, h, w, E), one image at a time.
+
+    For KL a sample of the encoder's distribution, its mean if the key is None; with a codebook what it has not yet
+    quantized. UserError for images that are not a whole number of latents high and wide.
+    """
+
+    def encode(key: Array | None, images: Array) -> Array:
+        require_whole(network, *images.shape[1:3])
+        moments = jax.lax.map(lambda image: network.apply({"params": params}, image[None], method="encode")[0], images)
+        if network.num_codes:
+            return scale * moments
+        mean, log_variance = gaussian(moments)
+        if key is None:
+            return scale * mean
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        return scale * (mean + jnp.exp(log_variance / 2) * noise)
+
+    return encode
+
+
+def decoder(network: Autoencoder, params: dict, scale: float, at_once: int = 1) -> Callable:
+    """Latents (B, h, w, E) -> images (B, H, W, C), about in [-1, 1], not clipped; `at_once` images at a time.
+
+    An image of 512 x 512 takes about 1 GB in float32, for all its levels of 128 features and more.
+    """
+
+    def decode(latents: Array) -> Array:
+        one = lambda z: network.apply({"params": params}, z[None], method="decode")[0]
+        return jax.lax.map(one, latents / scale, batch_size=at_once if at_once > 1 else None)
+
+    return decode
+
+
+def require_whole(network: Autoencoder, height: int, width: int) -> None:
+    """Refuse images that are not a whole number of latents high and wide."""
+    if height % network.factor or width % network.factor:
+        raise UserError(f"images of {height} x {width}: height and width must be multiples of {network.factor}")
+
+
+def contexts(network: CLIPText, params: dict, tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Array, np.ndarray]:
+    """The context (B, L, D) of prompts, and how many tokens of each did not fit (B,).
+
+    The context of the empty prompt is that of "no condition". UserError if the tokenizer is another model's.
+    """
+    if tokenizer.vocab_size != network.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the text encoder {network.vocab_size}: "
+            "it is another model's"
+        )
+    tokens, cut = tokenizer(prompts, network.length)
+    return network.apply({"params": params}, jnp.asarray(tokens)), cut
