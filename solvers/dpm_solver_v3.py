@@ -97,8 +97,8 @@ def dpm_solver_v3(
 
     ems: the model's statistics; sampling starts at their first node.
     order: 1 to 3; pseudo: derivatives by nested divided differences instead of a Vandermonde solve (sec. 3.4).
-    corrector: "on", "off", or "half" for t > 0.5 alone; of the order of the step it corrects, + 1 and by divided
-        differences with `corrector_pseudo`. It costs no evaluation; the last step has none.
+    corrector: "on", "off", or "half" for steps to t > 0.5 alone; of the order of the step it corrects, + 1 and by
+        divided differences with `corrector_pseudo`. It costs no evaluation; the last step has none.
     lower_order_final: drop to order 2, then 1, over the last steps.
     degenerate: l = 1, s = b = 0 in place of the measured statistics: DPM-Solver++ with this corrector (sec. 3.3).
     grid: a key of grids.GRIDS, or the times; t_end: where sampling ends, at the last node by default.
@@ -140,7 +140,7 @@ def dpm_solver_v3(
         used = [i - k for k in range(p)]  # evaluations, the base first
         _set_row(tableau.predict[i], 1, i, used, update(nodes[i + 1], nodes[used], pseudo))
         q = p + corrector_pseudo
-        if q > 1 and i + 1 < steps and CORRECTOR[corrector](tableau.t[i]):
+        if q > 1 and i + 1 < steps and CORRECTOR[corrector](tableau.t[i + 1]):
             used = [i, i + 1, *(i - k for k in range(1, q - 1))]
             _set_row(tableau.correct[i + 1], 2, i + 1, used, update(nodes[i + 1], nodes[used], corrector_pseudo))
     return tableau
