@@ -17,11 +17,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from score_sde import latent_models, latents, tokenizer
-from score_sde.denoiser import noise_fn
+from score_sde.denoiser import LABELS, noise_fn
 from score_sde.errors import UserError
 from score_sde.guidance import classifier_free
 from score_sde.importers.foreign import read_checkpoint
 from score_sde.sde import DiscreteVP
+from solvers import grids
 from tests import reference
 from tests.latent import compared, figures_of, nchw, tree_in
 
@@ -114,12 +115,19 @@ def test_samples_of_the_encoder():
 def test_the_published_schedules():
     stored = figures_of("L_sampling", "schedule_sd")
     sde = DiscreteVP(**read(TINY).sde)
-    t = stored["t"].astype(np.float64) if "t_f64" not in stored else stored["t_f64"]
+    t = stored["t"].astype(np.float64)
     np.testing.assert_allclose(sde._betas(), stored["betas_f64"], rtol=1e-14)
     nodes = np.arange(1, 1001) / 1000
-    np.testing.assert_allclose(np.exp(2 * sde.log_alpha(nodes)), stored["alphas_cumprod_f64"], rtol=1e-12)
+    np.testing.assert_allclose(np.exp(2 * sde.log_alpha(nodes)), stored["alphas_cumprod_f64"], rtol=1e-13)
     for ours, theirs in ((sde.log_alpha, "log_alpha"), (sde.sigma, "sigma"), (sde.lam, "lambda")):
-        assert np.abs(ours(t) / stored[f"{theirs}_f64"] - 1).max() < 1e-6, theirs
+        np.testing.assert_allclose(ours(t), stored[f"{theirs}_f64"], rtol=1e-12)
+    np.testing.assert_allclose(sde.t_of_lam(stored["lambda_f64"]), stored["t_of_lambda_f64"], rtol=1e-12)
+    np.testing.assert_allclose(LABELS["node"](sde, t, sde.n), stored["label_f64"], atol=1e-12)
+    for steps in (5, 10, 20, 200):
+        np.testing.assert_allclose(
+            grids.times("time", sde, steps), stored[f"grid_time_uniform_{steps}_f64"], rtol=1e-12
+        )
+    np.testing.assert_allclose(grids.times("logsnr", sde, 10), stored["grid_logSNR_10_f64"], rtol=1e-12)
 
 
 def test_fp16_variant_and_bin(tmp_path):
