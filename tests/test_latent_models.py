@@ -21,6 +21,7 @@ from score_sde.denoiser import LABELS, noise_fn
 from score_sde.errors import UserError
 from score_sde.guidance import classifier_free
 from score_sde.importers.foreign import read_checkpoint
+from score_sde.models.autoencoder import gaussian
 from score_sde.sde import DiscreteVP
 from solvers import grids
 from tests import reference
@@ -97,19 +98,51 @@ def test_from_prompts_to_images(path, x64):
     )
     compared(nchw(decoded()), stored["image_raw_f64"], 1e-12, "images")
     assert jnp.abs(decoded(at_once=2) - decoded()).max() < 1e-12
-    mode = quick_jit(lambda images: latents.encoder(*both)(None, images))(images)
+    mode = quick_jit(jax.vmap(functools.partial(latents.encoder(*both), None)))(images)
     compared(nchw(mode), stored["enc_scaled_mode_f64"], 1e-12, "encoded")
 
 
 def test_samples_of_the_encoder():
+    """Each image's is its key's, around the mean, with the deviation that the moments tell."""
     model = read(TINY)
-    encode = latents.encoder(model.autoencoder.network, model.autoencoder.params, model.scale)
-    images = jnp.zeros((2, 16, 16, 3))
-    one, other = encode(jax.random.key(0), images), encode(jax.random.key(1), images)
-    assert one.shape == (2, 8, 8, 4)
-    assert jnp.abs(one - other).max() > 1e-3
+    network, params = model.autoencoder
+    encode = jax.jit(jax.vmap(latents.encoder(network, params, model.scale), (0, None)))
+    image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (16, 16, 3)), jnp.float32)
+    samples = encode(jax.random.split(jax.random.key(0), 4096), image)
+    moments = network.apply({"params": params}, image[None], method="encode")
+    mean, log_variance = (part[0] for part in gaussian(moments))
+    assert jnp.abs((samples.mean(0) / model.scale - mean) / jnp.exp(log_variance / 2)).max() < 5 / 64
+    assert jnp.abs(samples.std(0) / model.scale / jnp.exp(log_variance / 2) - 1).max() < 0.08
     with pytest.raises(UserError, match="multiples of 2"):
-        encode(None, jnp.zeros((1, 15, 16, 3)))
+        latents.encoder(network, params, model.scale)(None, jnp.zeros((15, 16, 3)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parameters_of_half_the_width(dtype):
+    """Networks compute from the file's float16, or from bfloat16, without a copy in float32."""
+    stored, model = figures_of("L_sampling", "e2e_sd_tiny"), read(TINY, dtype=dtype)
+    given = jnp.bfloat16 if dtype == "bfloat16" else jnp.float16
+    params = tree_in(given, model.unet.params)
+    x = jnp.asarray(reference.nhwc(stored["xT"]))
+    context = jnp.asarray(stored["context"])
+    out = jax.jit(model.unet.network.apply)({"params": params}, x, jnp.full(2, 437.25), context)
+    assert out.dtype == jnp.float32
+    compared(nchw(out), stored["eps_cond"], 3e-2 if dtype == "bfloat16" else 5e-6, dtype)
+    text = tree_in(given, model.text.params)
+    compared(
+        jax.jit(model.text.network.apply)({"params": text}, stored["input_ids"]).astype(jnp.float32),
+        stored["context"],
+        2e-2 if dtype == "bfloat16" else 5e-6,
+        dtype,
+    )
+    first = tree_in(given, model.autoencoder.params)
+    images = latents.decoder(model.autoencoder.network, first, model.scale)
+    compared(
+        nchw(images(jnp.asarray(reference.nhwc(stored["dpm_solver_v3_5"])))),
+        stored["image_raw"],
+        5e-2 if dtype == "bfloat16" else 5e-6,
+        dtype,
+    )
 
 
 def test_the_published_schedules():
