@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from score_sde.errors import UserError, one_line
-from score_sde.importers.foreign import read_checkpoint
+from score_sde.foreign import read_checkpoint
 from score_sde.models import autoencoder, clip_text, published_latents
 
 

@@ -67,19 +67,16 @@ def check(name: str, results: dict, suffix: str, tolerance: float) -> None:
             compared(nchw(result) if np.ndim(result) == 4 else result, expected, tolerance, f"{name} {key}")
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", CASES)
 def test_equal_in_float64(name, x64):
     check(name, ran(name, "float64"), "_f64", 1e-12)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["kl_f4", "vq_f4"])
 def test_equal_in_float32(name):
     check(name, ran(name, "float32"), "", 5e-6)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "diffusers" in case])
 def test_both_namings_give_the_same_parameters(name):
     state = state_of("L_autoencoder", name)
@@ -92,7 +89,6 @@ def test_both_namings_give_the_same_parameters(name):
     assert all(jax.tree.leaves(same))
 
 
-@reference.needs_reference
 def test_old_names_of_attention():
     state = state_of("L_autoencoder", "kl_f4")
     theirs = renamed(state, CASES["kl_f4"]["diffusers"]["mapping"])
@@ -106,7 +102,6 @@ def test_old_names_of_attention():
     assert all(jax.tree.leaves(same))
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["kl_f8", "vq_f4"])
 def test_full_size(name):
     """The published models' names and shapes, in both namings, without their numbers."""

@@ -18,7 +18,8 @@ from tests.latent import compared, figures_of, state_of, tree_in
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CASES = [name for name in reference.cases("L_text") if not name.startswith("tokenizer")]
-FOLDER = reference.FOLDER / "ckpt" / "sd_tiny" / "tokenizer"
+FOLDER = reference.CHECKPOINTS / "sd_tiny" / "tokenizer"
+pytestmark = reference.needs_checkpoints
 
 
 def ran(name: str, dtype: str, layers_less: int = 0):
@@ -34,7 +35,6 @@ def ran(name: str, dtype: str, layers_less: int = 0):
     return quick_jit(network.apply)({"params": params}, figures_of("L_text", name)["input_ids"])
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", CASES)
 def test_equal_in_float64(name, x64):
     stored = figures_of("L_text", name)
@@ -46,13 +46,11 @@ def test_equal_in_float64(name, x64):
         compared(ran(name, "float64", 1), stored["penultimate_final_norm_f64"], 1e-13, f"{name} penultimate")
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["quick_gelu", "gelu_pad0", "full_width_one_layer"])
 def test_equal_in_float32(name):
     compared(ran(name, "float32"), figures_of("L_text", name)["last_hidden_state"], 2e-6, name)
 
 
-@reference.needs_reference
 def test_names_of_openclip():
     """The single files' names give the same states, without the last layer."""
     state, theirs = state_of("L_text", "gelu_pad0"), {}
@@ -73,7 +71,6 @@ def test_names_of_openclip():
     compared(h, stored["penultimate_final_norm"], 2e-6, "OpenCLIP")
 
 
-@reference.needs_reference
 def test_full_size():
     case = reference.description("L_text")["full_size"]["clip_vit_l14_text"]
     state = {entry: np.broadcast_to(np.float32(0), shape) for entry, shape, *_ in case["state_dict"]}
@@ -87,7 +84,6 @@ def test_another_familys_file_is_refused():
         clip_text.of_state({"a.weight": np.zeros(3)})
 
 
-@reference.needs_reference
 def test_tokens():
     case, stored = reference.cases("L_text")["tokenizer_sd_tiny"], figures_of("L_text", "tokenizer_sd_tiny")
     read = tokenizer.read(FOLDER)
@@ -99,7 +95,6 @@ def test_tokens():
     np.testing.assert_array_equal(tokens, stored["fast_input_ids_77"])
 
 
-@reference.needs_reference
 def test_padding_of_its_own(tmp_path):
     for name in tokenizer.FILES[:2]:
         shutil.copy(FOLDER / name, tmp_path)
@@ -109,7 +104,6 @@ def test_padding_of_its_own(tmp_path):
         np.testing.assert_array_equal(tokenizer.read(tmp_path)([""])[0][0], [672, 673] + [0] * 75)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize(
     "name, content",
     [

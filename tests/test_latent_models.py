@@ -19,17 +19,17 @@ from safetensors.numpy import load_file, save_file
 from score_sde import latent_models, latents, tokenizer
 from score_sde.denoiser import LABELS, noise_fn
 from score_sde.errors import UserError
+from score_sde.foreign import read_checkpoint
 from score_sde.guidance import classifier_free
-from score_sde.importers.foreign import read_checkpoint
 from score_sde.models.autoencoder import gaussian
 from score_sde.sde import DiscreteVP
 from solvers import grids
 from tests import reference
 from tests.latent import compared, figures_of, nchw, tree_in
 
-pytestmark = reference.needs_reference
+pytestmark = reference.needs_checkpoints
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-FOLDER = reference.FOLDER / "ckpt"
+FOLDER = reference.CHECKPOINTS
 TINY = FOLDER / "sd_tiny"
 KINDS = (TINY, FOLDER / "sd_tiny.safetensors", FOLDER / "sd_tiny.ckpt")
 

@@ -9,17 +9,17 @@ import pytest
 
 from ems.statistics import from_published
 from score_sde import latent_models, latents, tokenizer
-from score_sde.data import to_uint8, to_unit
 from score_sde.denoiser import noise_fn
 from score_sde.guidance import classifier_free
 from score_sde.models import autoencoder, published_latents
 from score_sde.sde import DiscreteVP, per_image
+from score_sde.space import pixels
 from solvers import SOLVERS, tableau
 from tests import reference
 from tests.latent import compared, figures_of, nchw, synthetic, tree_in
 from tests.mixture import Mixture
 
-pytestmark = reference.needs_reference
+pytestmark = reference.needs_checkpoints
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 NAMES = {"dpm_solver++": "dpmpp", "uni_pc": "unipc", "dpm_solver_v3": "dpmv3", "ddim": "ddim"}
 CORRECTORS = {"": "off", "_corrector": "on", "_corrector_half": "half"}  # behind "_use"
@@ -124,7 +124,7 @@ def test_the_corrector_of_half_the_time(case, x64):
 def test_from_prompts_to_images(x64):
     """The tiny model of Stable Diffusion's kind: samples of every solver, and images."""
     stored, case = figures_of("L_sampling", "e2e_sd_tiny"), reference.cases("L_sampling")["e2e_sd_tiny"]
-    model = latent_models.read(reference.FOLDER / "ckpt" / "sd_tiny", dtype="float64")
+    model = latent_models.read(reference.CHECKPOINTS / "sd_tiny", dtype="float64")
     unet, first, text = (
         (part.network, tree_in(jnp.float64, part.params)) for part in (model.unet, model.autoencoder, model.text)
     )
@@ -139,9 +139,9 @@ def test_from_prompts_to_images(x64):
     samples = check("e2e_sd_tiny", noise, sde, 2, 1e-9)
     images = latents.decoder(*first, model.scale)(samples["dpm_solver_v3_5"])
     compared(nchw(images), stored["image_raw_f64"], 1e-9, "images")
-    unit = jnp.clip(to_unit(images, centered=True), 0.0, 1.0)
+    unit = jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
     compared(unit, stored["image01_f64"], 1e-9, "in [0, 1]")
-    levels = to_uint8(images, centered=True)
+    levels = pixels(images.shape[1:]).decode(images)
     assert np.mean(levels == stored["image_uint8_truncated"]) > 0.999  # those within 1e-4 of a level may differ
 
 

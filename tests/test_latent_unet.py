@@ -35,7 +35,6 @@ def ran(name: str, dtype: str) -> list:
     return outputs
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", CASES)
 def test_equal_in_float64(name, x64):
     stored = figures_of("L_unet", name)
@@ -43,7 +42,6 @@ def test_equal_in_float64(name, x64):
         compared(out, stored[f"out{q}_f64"], 1e-12, name)
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["sd_heads2", "sd2_linear_headch16", "bedroom_like_headch16"])
 def test_equal_in_float32(name):
     stored = figures_of("L_unet", name)
@@ -67,7 +65,6 @@ def split(state: dict, rows: list, order: str) -> dict:
     return theirs
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", BOTH)
 def test_both_namings_give_the_same_network_and_parameters(name):
     case, state = CASES[name], state_of("L_unet", name)
@@ -85,7 +82,6 @@ def test_both_namings_give_the_same_network_and_parameters(name):
     assert all(jax.tree.leaves(same))
 
 
-@reference.needs_reference
 @pytest.mark.parametrize("name", ["sd_1.4", "sd_2.1", "ldm_lsun_bedroom"])
 def test_full_size(name):
     """The published models' names and shapes, in both namings, without their numbers."""

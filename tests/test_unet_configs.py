@@ -1,9 +1,9 @@
 """Configs of EDM and guided diffusion: their networks are the published ones, by every argument."""
 
-import experiment
 import numpy as np
 import pytest
 
+from experiments import build
 from score_sde import denoiser
 from score_sde.models import MODELS
 from score_sde.models.classifier import CLASSIFIERS
@@ -60,7 +60,7 @@ def test_networks_of_edm_are_the_published_ones(name):
 def test_labels_of_adm_count_the_steps_of_its_chain(name):
     """t = (i + 1) / 1000 is step i, whose label is i."""
     config = load(name).get_config()
-    sde = experiment.build_sde(config)
+    sde = build.sde_of(config)
     i = np.array([0, 1, 500, 990])
     t = (i + 1) / 1000
     np.testing.assert_allclose(denoiser.LABELS[config.denoiser.label](sde, t, 1000), i, atol=1e-9)
