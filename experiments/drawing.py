@@ -3,7 +3,7 @@
 A stopped run of many batches goes on after its last one. A sample depends on its index and the seed alone.
 """
 
-import bisect
+import functools
 import hashlib
 import json
 import pathlib
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ems.statistics import EMS
@@ -68,28 +69,30 @@ def few_step(
             print(
                 f"sampling ends at t={options['t_end']:g}, as the EMS; for {t_end:g}: python -m ems --t_end={t_end:g}"
             )
-
     if corrections is not None:
         table = samplers.with_corrections(table, diffusion.sde, corrections)
 
-    def one_device(params, table, index):
+    def one_device(params, table, index, trajectory=False):
         keys = samplers.sample_keys(seed, index)
         noise = diffusion.noise_of(params, diffusion.conditions(index))
-        return tableau.solve(noise, table, samplers.prior(diffusion, keys), samplers.draws(diffusion, keys))
+        x, noises = samplers.prior(diffusion, keys), samplers.draws(diffusion, keys)
+        x = tableau.solve(noise, table, x, noises, trajectory=trajectory)
+        return jnp.moveaxis(x, 0, 1) if trajectory else x
 
-    on_devices, params = parallel.pmap(one_device, in_axes=(0, None, 0)), parallel.replicate(model.params)
-    table = jax.tree.map(np.float32, table)
+    def over_devices(**options):
+        mapped = parallel.pmap(functools.partial(one_device, **options), in_axes=(0, None, 0))
+        return lambda index: parallel.gather(mapped(params, table, parallel.shard(index)))
+
+    params, table = parallel.replicate(model.params), jax.tree.map(np.float32, table)
     hashes = [hashlib.sha256(leaf.tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
+    solved, path = over_devices(), over_devices(trajectory=True)
 
     def draw(index, advance):
-        def after(k):
-            first = jax.tree.map(lambda rows: rows[:k], table)
-            return parallel.gather(on_devices(params, first, parallel.shard(index)))
-
-        x = after(steps)
-        if not np.isfinite(x).all():
-            k = 1 + bisect.bisect_left(range(1, steps), True, key=lambda k: not np.isfinite(after(k)).all())
-            refuse_not_finite(after(k), index, f"evaluation {k}", table.t[k - 1])
+        x = solved(index)
+        if not np.isfinite(x).all():  # again, with what every evaluation leads to
+            between = path(index)
+            k = int(np.isfinite(between).all((0, 2, 3, 4)).argmin())
+            refuse_not_finite(between[:, k], index, f"evaluation {k + 1}", table.t[k])
         advance(steps)
         return x, steps
 

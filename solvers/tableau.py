@@ -211,7 +211,14 @@ def uniform(tableau: Tableau, history: int, shape: tuple[int, ...]) -> Tableau:
 
 
 def solve(
-    noise: NoiseFn, tableau: Tableau, x, draw: Callable | None = None, evaluations=None, *, unrolled: bool = False
+    noise: NoiseFn,
+    tableau: Tableau,
+    x,
+    draw: Callable | None = None,
+    evaluations=None,
+    *,
+    unrolled: bool = False,
+    trajectory: bool = False,
 ):
     """Integrate from x (B, H, W, C) at the tableau's first time to its end: (B, H, W, C) after len(t) evaluations.
 
@@ -220,6 +227,7 @@ def solve(
         which has no derivative in reverse mode.
     unrolled: compile each evaluation by itself, which makes derivatives by the table many times as fast on a CPU, and
         keep none of its inner values for reverse mode.
+    trajectory: return what each evaluation leads to, (len(t), B, H, W, C), in place of the end; not with `evaluations`.
     Pure and jittable, with the tableau as an argument: another solver of the same shape does not recompile.
     """
     tableau = jax.tree.map(lambda table: jnp.asarray(table, x.dtype), tableau)
@@ -235,7 +243,7 @@ def solve(
         x = combine(node.predict, (base, *past, one))
         if node.noise is not None:
             x = x + node.noise[None] * draw(i)
-        return (base, x, past), None
+        return (base, x, past), x if trajectory else None
 
     if tableau.start is not None:
         x = combine(tableau.start, (x, draw(START)))
@@ -244,6 +252,7 @@ def solve(
     rows = jnp.arange(len(tableau.t)), tableau
     if evaluations is None:
         step = jax.checkpoint(step) if unrolled else step
-        return jax.lax.scan(step, (x, x, past), rows, unroll=unrolled)[0][1]
+        (_, end, _), path = jax.lax.scan(step, (x, x, past), rows, unroll=unrolled)
+        return path if trajectory else end
     row = lambda i: jax.tree.map(lambda table: table[i], rows)
     return jax.lax.fori_loop(0, evaluations, lambda i, carry: step(carry, row(i))[0], (x, x, past))[1]

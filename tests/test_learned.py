@@ -58,3 +58,11 @@ def test_unrolled_solving_is_the_loop(name, pairs, tables, x64):
     x = jnp.asarray(pairs[0][:4], jnp.float64)
     one, two = (tableau.solve(NOISE, tables[name], x, unrolled=unrolled) for unrolled in (False, True))
     np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-10)
+
+
+def test_a_trajectory_is_what_shorter_tables_lead_to(pairs, tables, x64):
+    x, table = jnp.asarray(pairs[0][:2], jnp.float64), tables["dpm singlestep"]
+    path = tableau.solve(NOISE, table, x, trajectory=True)
+    for k in range(1, STEPS + 1):
+        shorter = jax.tree.map(lambda rows, k=k: rows[:k], table)
+        np.testing.assert_allclose(path[k - 1], tableau.solve(NOISE, shorter, x), rtol=1e-10, atol=1e-10)
