@@ -293,6 +293,8 @@ def _number(config: Mapping[str, Any], name: str, default: float | None = None) 
 
 def _schedule(start: float, end: float, n: int) -> dict[str, Any]:
     """Arguments of DiscreteVP; see it for the scale of its betas."""
+    if not (0 < start <= end < 1 and 1 < n <= 100_000):
+        raise UserError(f"{n} steps of noise with betas from {start:g} to {end:g}: they should rise within (0, 1)")
     return dict(beta_min=start * n, beta_max=end * n, n=n, scaled=True, t_first=1 / n, t_min=1 / n)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.models.names import parameters, shapes_of
 from score_sde.models.published_unets import ORDERS
 from score_sde.models.unet import UNet
@@ -167,7 +167,7 @@ def of_compvis(config: Mapping[str, Any], **changes) -> UNet:
             transformer_depth=given("transformer_depth", 1),
             out_channels=config["out_channels"],
         )
-        return UNet(**arguments | changes)
+        return UNet(**_within_reason(arguments) | changes)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"this is no description of a U-Net of latent diffusion: {error!r}") from None
 
@@ -228,9 +228,22 @@ def of_diffusers(config: Mapping[str, Any], **changes) -> UNet:
             out_channels=config.get("out_channels", 4),
             **(_heads(widths, heads) if counts_heads else dict(num_heads=1, head_channels=told or 0)),
         )
-        return UNet(**arguments | changes)
+        return UNet(**_within_reason(arguments) | changes)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"this is no description of a U-Net of diffusers: {error!r}") from None
+
+
+# The most that published networks have, several times over; a description that asks for more is damaged.
+MOST = {"nf": 4096, "num_res_blocks": 16, "transformer_depth": 32, "context_dim": 16384, "num_classes": 100_000}
+
+
+def _within_reason(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, of which UserError says what is no number of layers or features."""
+    numbers = {name: arguments[name] for name in MOST} | {"levels": len(arguments["ch_mult"])}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or not 0 <= value <= MOST.get(name, 10):
+            raise UserError(f"the description of the U-Net makes {name} = {one_line(value)!r}: it is damaged")
+    return arguments
 
 
 def _heads(widths: Sequence[int], heads: Sequence[int]) -> dict[str, int]:
