@@ -1,10 +1,11 @@
 """One page about one accelerator: how exact results are on it, and how fast they come.
 
-    python -m benchmarks.accelerator [--minutes=2] [--parts=times,differences]
+    python -m benchmarks.accelerator [--minutes=5] [--parts=times,differences] [--profile=FOLDER]
         [--config=configs/vp/cifar10_ddpmpp_continuous.py] [--batches=128,256,512]
 
-Prints markdown. For --minutes everything compiles at once, the most telling first; then whatever is compiled is timed,
-one thing after another. What is not is named: a second call finds what the first has compiled in the cache.
+Prints markdown. For --minutes programs compile, the most telling first and none after two thirds of that time; then
+whatever is compiled is timed, one thing after another. What is not is named: a second call finds what the first has
+compiled in the cache.
 `python -m benchmarks.accelerator_peer 256` times a U-Net of like size under PyTorch.
 """
 
@@ -33,14 +34,16 @@ from score_sde.errors import UserError, one_line
 from solvers import SOLVERS, probability_flow, tableau
 
 CONFIG = config_flag()
-MINUTES = flags.DEFINE_float("minutes", 2.0, "Time to compile; what is compiled then is timed.", lower_bound=0)
+MINUTES = flags.DEFINE_float("minutes", 5.0, "Time to compile; what is compiled then is timed.", lower_bound=0)
 PARTS = flags.DEFINE_list("parts", ["times", "differences"], "What is to be on the page.")
 BATCHES = flags.DEFINE_list("batches", ["128", "256", "512"], "Images of a training step; the second of the rest.")
+PROFILE = flags.DEFINE_string("profile", None, "A folder for traces of every row, by XLA's profiler.")
 PACKED = "pretrained/fashion_mnist"
 EVALUATIONS = 10  # of each solver
 NODES = 2  # of EMS in one call
 STEPS_PER_CALL = 10
-THREADS = 4  # that compile
+THREADS = 3  # that compile
+LATEST = 1 / 3  # of the time to compile must be left for a program to be begun: one that compiles disturbs the timing
 PRODUCT = 8192  # side of the matrices whose product is the peak
 COPIED = 2**30  # bytes of the copy that tells the memory's
 
@@ -61,7 +64,7 @@ def main():
         if part.is_alive():
             print(f"\nThe rest was not done in {MINUTES.value:g} minutes.\n", flush=True)
     if works:
-        times(compiled)
+        times(compiled, operations(experiment_of()))
         if missing := [name for name in works if name not in compiled]:
             print(f"\nNot compiled in {MINUTES.value:g} minutes: {'; '.join(missing)}.")
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
@@ -104,17 +107,16 @@ class Work(NamedTuple):
     calls: dict[str, tuple]  # row of the table -> arguments
     images: int  # that a call takes through a step, or through the network
     precision: str
+    passes: int | None = None  # forward passes' worth of operations for each of these images, where that is known
     donated: bool = False  # the first argument, for which the first result is the next
-    looped: bool = False  # XLA counts the operations of a loop's body once
     evaluations: Callable = lambda result: 1  # of each image by the network
 
 
 class Compiled(NamedTuple):
-    """A work with its program, the operations of a call if known, and the seconds that it took to compile."""
+    """A work with its program, and the seconds that it took to compile."""
 
     work: Work
     program: Callable
-    operations: float | None
     seconds: float
 
 
@@ -147,10 +149,10 @@ def all_works(small: int, middle: int, *large: int) -> dict[str, Callable[[], Wo
         functools.partial(training, middle, "bfloat16", bfloat16),
         functools.partial(training, middle, "default", {}),
         functools.partial(forward, middle, "default", {}),
+        functools.partial(sampling, middle, "default", {}),
+        functools.partial(measuring, middle, "highest", {}),
         functools.partial(forward, middle, "bfloat16", bfloat16),
         functools.partial(forward, middle, "highest", {}),
-        functools.partial(sampling, middle, "default", {}),
-        functools.partial(measuring, middle // 4, "highest", {}),
         functools.partial(training, middle, "bfloat16", bfloat16, **several),
         functools.partial(likelihood, middle // 4, "highest", {}),
         functools.partial(training, small, "bfloat16", bfloat16),
@@ -186,14 +188,14 @@ def training(batch: int, precision: str, changes: dict, count: int = 1) -> Work:
     more = [f"{count} steps a call"] * (count > 1) + ["remat"] * bool(changes.get("remat"))
     name = ", ".join(["training step", precision, f"batch {batch}", *more])
     function = jax.jit(step, donate_argnums=0)
-    return Work(function, {name: (state, batches, 0)}, batch * count, precision, donated=True, looped=count > 1)
+    return Work(function, {name: (state, batches, 0)}, batch * count, precision, 3, donated=True)
 
 
 def forward(batch: int, precision: str, changes: dict) -> Work:
     experiment = experiment_of(**changes)
     function = jax.jit(at(precision, lambda params, x, t: experiment.noise_of(params)(x, t)))
     arguments = some_params(experiment), some_images(experiment, batch), jnp.full((batch,), 0.5)
-    return Work(function, {f"forward, {precision}, batch {batch}": arguments}, batch, precision)
+    return Work(function, {f"forward, {precision}, batch {batch}": arguments}, batch, precision, 1)
 
 
 def at(precision: str, function: Callable) -> Callable:
@@ -224,7 +226,7 @@ def sampling(batch: int, precision: str, changes: dict) -> Work:
         table = jax.tree.map(jnp.float32, tableau.uniform(table, history, experiment.space.shape))
         calls[f"{name}, {EVALUATIONS} evaluations, {precision}, batch {batch}"] = params, table, x
     function = jax.jit(lambda params, table, x: tableau.solve(experiment.noise_of(params), table, x))
-    return Work(function, calls, batch, precision, looped=True, evaluations=lambda result: EVALUATIONS)
+    return Work(function, calls, batch, precision, 1, evaluations=lambda result: EVALUATIONS)
 
 
 def measuring(batch: int, precision: str, changes: dict) -> Work:
@@ -238,7 +240,7 @@ def measuring(batch: int, precision: str, changes: dict) -> Work:
     calls = {
         f"EMS of a node, {precision}, batch {batch}": (some_params(experiment), node, some_images(experiment, batch))
     }
-    return Work(function, calls, batch, precision, looped=True, evaluations=lambda result: NODES)
+    return Work(function, calls, batch, precision, evaluations=lambda result: NODES)
 
 
 def likelihood(batch: int, precision: str, changes: dict) -> Work:
@@ -251,7 +253,7 @@ def likelihood(batch: int, precision: str, changes: dict) -> Work:
         )[::2]
     )
     calls = {f"likelihood, one evaluation, {precision}, batch {batch}": (some_params(experiment), x)}
-    return Work(function, calls, batch, precision, looped=True, evaluations=lambda result: int(result[1].evaluations))
+    return Work(function, calls, batch, precision, evaluations=lambda result: int(result[1].evaluations))
 
 
 def compile_all(works: dict[str, Callable[[], Work]], left: Callable[[], float]) -> dict[str, Compiled]:
@@ -261,7 +263,7 @@ def compile_all(works: dict[str, Callable[[], Work]], left: Callable[[], float])
         waiting.put(item)
 
     def work():
-        while left():
+        while left() > 60 * MINUTES.value * LATEST:
             try:
                 name, make = waiting.get_nowait()
             except queue.Empty:
@@ -287,11 +289,17 @@ def compile_all(works: dict[str, Callable[[], Work]], left: Callable[[], float])
 def compile_one(make: Callable[[], Work]) -> Compiled:
     began = time.monotonic()
     work = make()
-    lowered = work.function.lower(*next(iter(work.calls.values())))
-    program = lowered.compile()
-    counted = lowered.cost_analysis() or program.cost_analysis() or {}  # of a GPU's known once it is compiled
-    operations = None if work.looped else counted.get("flops")
-    return Compiled(work, program, operations, time.monotonic() - began)
+    program = work.function.lower(*next(iter(work.calls.values()))).compile()
+    return Compiled(work, program, time.monotonic() - began)
+
+
+def operations(experiment) -> float:
+    """Operations of a forward pass, an image, as XLA counts them for a CPU: a GPU's convolutions it does not count."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        params = jax.eval_shape(experiment.init, jax.random.key(0))
+        x = jax.ShapeDtypeStruct((1, *experiment.space.shape), jnp.float32)
+        forward = jax.jit(lambda params, x: experiment.noise_of(params)(x, jnp.full((1,), 0.5)))
+        return timed.operations(forward, params, x)
 
 
 def peaks() -> float:
@@ -322,33 +330,42 @@ def steadily(call: Callable, target: float = 0.6) -> float:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(count)][-1])
+        for _ in range(count):
+            result = call()  # the results before are let go
+        jax.block_until_ready(result)
         seconds.append((time.perf_counter() - began) / count)
     return float(np.median(seconds))
 
 
-def times(compiled: dict[str, Compiled]):
-    """Print the table of what is compiled: each image's share, and in forward passes of the same precision."""
-    peak, forwards, rows = peaks(), {}, []
-    for work, program, operations, seconds in compiled.values():
+def times(compiled: dict[str, Compiled], operations: float):
+    """Print the table of what is compiled: each image's share, and in forward passes of the same precision.
+
+    operations: of a forward pass, an image.
+    """
+    peak, forwards, rows, calls = peaks(), {}, [], {}
+    for work, program, seconds in compiled.values():
         for name, arguments in work.calls.items():
-            call = functools.partial(program, *arguments)
-            if work.donated:
-                call = stepping(program, *arguments)
+            call = stepping(program, *arguments) if work.donated else functools.partial(program, *arguments)
+            calls[name] = call
             duration = steadily(call)
             images = work.images if work.donated else work.images * work.evaluations(call())
             if name.startswith("forward"):
                 forwards[work.precision] = duration / images
-            rows.append((name, work.precision, images, duration, operations, seconds))
+            rows.append((name, work, images, duration, seconds))
     print("| | images/s | ms | GFLOP an image | TFLOP/s | of the bfloat16 peak | forwards | seconds to compile |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, precision, images, duration, operations, seconds in rows:
+    for name, work, images, duration, seconds in rows:
         counted = " | | "
-        if operations:
-            rate = operations / duration
-            counted = f"{operations / images / 1e9:.1f} | {rate / 1e12:.3g} | {rate / peak:.2f}"
-        forward = f"{duration / images / forwards[precision]:.2f}" if precision in forwards else ""
+        if work.passes:
+            rate = work.passes * operations * images / duration
+            counted = f"{work.passes * operations / 1e9:.1f} | {rate / 1e12:.3g} | {rate / peak:.2f}"
+        forward = f"{duration / images / forwards[work.precision]:.2f}" if work.precision in forwards else ""
         print(f"| {name} | {images / duration:.0f} | {1000 * duration:.2f} | {counted} | {forward} | {seconds:.0f} |")
+    sys.stdout.flush()
+    if PROFILE.value:
+        for number, call in enumerate(calls.values(), 1):
+            with jax.profiler.trace(os.path.join(PROFILE.value, f"row{number}")):
+                jax.block_until_ready([call() for _ in range(3)])
 
 
 def stepping(program: Callable, state, *inputs) -> Callable:
