@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import reference
+
+TINY = reference.FOLDERS[0] / "ckpt" / "sd_tiny"
+needs_tiny = pytest.mark.skipif(not TINY.is_dir(), reason="the tiny published model is not here; set REFERENCE_DIR")
 
 
 def synthetic(name: str, shape) -> np.ndarray:
@@ -22,7 +26,9 @@ def synthetic(name: str, shape) -> np.ndarray:
 
 def state_of(group: str, name: str) -> dict:
     """The state_dict of a case."""
-    return {entry: synthetic(entry, shape) for entry, shape, _ in reference.cases(group)[name]["state_dict"]}
+    return {
+        entry: synthetic(entry, shape) for entry, shape, _ in reference.description(group)["cases"][name]["state_dict"]
+    }
 
 
 def renamed(state: dict, mapping: list) -> dict:
@@ -32,7 +38,7 @@ def renamed(state: dict, mapping: list) -> dict:
 
 def figures_of(group: str, name: str) -> dict:
     stored = reference.arrays(group)
-    return {key: stored[f"{name}/{key}"] for key in reference.cases(group)[name]["arrays"]}
+    return {key: stored[f"{name}/{key}"] for key in reference.description(group)["cases"][name]["arrays"]}
 
 
 def tree_in(dtype, params: dict) -> dict:

@@ -19,11 +19,6 @@ FOLDERS = (
     HERE.parent / "reference",
 )
 
-CHECKPOINTS = FOLDERS[0] / "ckpt"
-needs_checkpoints = pytest.mark.skipif(
-    not CHECKPOINTS.is_dir(), reason="the published figures ckpt/ are not here; set REFERENCE_DIR to their folder"
-)
-
 
 def find(name: str) -> pathlib.Path | None:
     """The file of that name, None where it is in neither folder."""

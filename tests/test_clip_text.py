@@ -14,12 +14,11 @@ from score_sde import tokenizer
 from score_sde.errors import UserError
 from score_sde.models import clip_text
 from tests import reference
-from tests.latent import compared, figures_of, state_of, tree_in
+from tests.latent import TINY, compared, figures_of, needs_tiny, state_of, tree_in
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CASES = [name for name in reference.cases("L_text") if not name.startswith("tokenizer")]
-FOLDER = reference.CHECKPOINTS / "sd_tiny" / "tokenizer"
-pytestmark = reference.needs_checkpoints
+FOLDER = TINY / "tokenizer"
 
 
 def ran(name: str, dtype: str, layers_less: int = 0):
@@ -84,6 +83,7 @@ def test_another_familys_file_is_refused():
         clip_text.of_state({"a.weight": np.zeros(3)})
 
 
+@needs_tiny
 def test_tokens():
     case, stored = reference.cases("L_text")["tokenizer_sd_tiny"], figures_of("L_text", "tokenizer_sd_tiny")
     read = tokenizer.read(FOLDER)
@@ -95,6 +95,7 @@ def test_tokens():
     np.testing.assert_array_equal(tokens, stored["fast_input_ids_77"])
 
 
+@needs_tiny
 def test_padding_of_its_own(tmp_path):
     for name in tokenizer.FILES[:2]:
         shutil.copy(FOLDER / name, tmp_path)
@@ -104,6 +105,7 @@ def test_padding_of_its_own(tmp_path):
         np.testing.assert_array_equal(tokenizer.read(tmp_path)([""])[0][0], [672, 673] + [0] * 75)
 
 
+@needs_tiny
 @pytest.mark.parametrize(
     "name, content",
     [

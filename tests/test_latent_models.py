@@ -25,12 +25,11 @@ from score_sde.models.autoencoder import gaussian
 from score_sde.sde import DiscreteVP
 from solvers import grids
 from tests import reference
-from tests.latent import compared, figures_of, nchw, tree_in
+from tests.latent import TINY, compared, figures_of, nchw, needs_tiny, tree_in
 
-pytestmark = reference.needs_checkpoints
+pytestmark = needs_tiny
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-FOLDER = reference.CHECKPOINTS
-TINY = FOLDER / "sd_tiny"
+FOLDER = TINY.parent
 KINDS = (TINY, FOLDER / "sd_tiny.safetensors", FOLDER / "sd_tiny.ckpt")
 
 

@@ -16,10 +16,9 @@ from score_sde.sde import DiscreteVP, per_image
 from score_sde.space import pixels
 from solvers import SOLVERS, tableau
 from tests import reference
-from tests.latent import compared, figures_of, nchw, synthetic, tree_in
+from tests.latent import TINY, compared, figures_of, nchw, needs_tiny, synthetic, tree_in
 from tests.mixture import Mixture
 
-pytestmark = reference.needs_checkpoints
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 NAMES = {"dpm_solver++": "dpmpp", "uni_pc": "unipc", "dpm_solver_v3": "dpmv3", "ddim": "ddim"}
 CORRECTORS = {"": "off", "_corrector": "on", "_corrector_half": "half"}  # behind "_use"
@@ -82,7 +81,7 @@ def mixture() -> Mixture:
 
 @pytest.mark.parametrize("name", ["gmm_cfg7.5", "gmm_cfg1.5", "gmm_unconditional_order3"])
 def test_an_exact_model(name, x64):
-    case, model = reference.cases("L_sampling")[name], mixture()
+    case, model = reference.description("L_sampling")["cases"][name], mixture()
     sde = schedule(case["betas"])
     if case["condition"] is None:
         check(name, model.noise_fn(sde), sde, 3, 1e-9)
@@ -121,10 +120,11 @@ def test_the_corrector_of_half_the_time(case, x64):
     compared(nchw(ours), reference.arrays("E_extra")[f"{case}/x0_f64"], 1e-9, case)
 
 
+@needs_tiny
 def test_from_prompts_to_images(x64):
     """The tiny model of Stable Diffusion's kind: samples of every solver, and images."""
-    stored, case = figures_of("L_sampling", "e2e_sd_tiny"), reference.cases("L_sampling")["e2e_sd_tiny"]
-    model = latent_models.read(reference.CHECKPOINTS / "sd_tiny", dtype="float64")
+    stored, case = figures_of("L_sampling", "e2e_sd_tiny"), reference.description("L_sampling")["cases"]["e2e_sd_tiny"]
+    model = latent_models.read(TINY, dtype="float64")
     unet, first, text = (
         (part.network, tree_in(jnp.float64, part.params)) for part in (model.unet, model.autoencoder, model.text)
     )
@@ -139,7 +139,7 @@ def test_from_prompts_to_images(x64):
     samples = check("e2e_sd_tiny", noise, sde, 2, 1e-9)
     images = latents.decoder(*first, model.scale)(samples["dpm_solver_v3_5"])
     compared(nchw(images), stored["image_raw_f64"], 1e-9, "images")
-    unit = jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
+    unit = jnp.clip((images + 1) / 2, 0.0, 1.0)
     compared(unit, stored["image01_f64"], 1e-9, "in [0, 1]")
     levels = pixels(images.shape[1:]).decode(images)
     assert np.mean(levels == stored["image_uint8_truncated"]) > 0.999  # those within 1e-4 of a level may differ
@@ -147,7 +147,10 @@ def test_from_prompts_to_images(x64):
 
 def test_a_model_with_a_codebook(x64):
     """As of LSUN: eps = sigma x + 0.1 U-Net(x), since a network with random weights is no denoiser."""
-    stored, case = figures_of("L_sampling", "lsun_like_vq"), reference.cases("L_sampling")["lsun_like_vq"]
+    stored, case = (
+        figures_of("L_sampling", "lsun_like_vq"),
+        reference.description("L_sampling")["cases"]["lsun_like_vq"],
+    )
     state = lambda key: {entry: synthetic(entry, shape) for entry, shape, *_ in case[key]}
     unet = published_latents.of_compvis(case["unet"], dtype="float64")
     params = tree_in(jnp.float64, published_latents.from_published(state("unet_state_dict"), unet))
