@@ -69,7 +69,7 @@ def test_cross_entropy_of_the_exact_posterior(sde):
     y = rng.choice(3, size=n, p=mixture.weights)
     x0 = jnp.asarray(mixture.means[y] + np.sqrt(0.3) * rng.normal(size=(n, *shape)), jnp.float32)
     t, z = jnp.full(n, 0.2), jnp.asarray(rng.normal(size=(n, *shape)), jnp.float32)
-    exact = lambda x, t: mixture._logits(x, sde.alpha(t), sde.sigma(t), None)[0]
+    exact = lambda x, t: mixture._components(x, sde.alpha(t), sde.sigma(t), None)[0]
     loss = losses.cross_entropy(exact, sde, x0, t, z, jnp.asarray(y))
     posterior = jax.nn.softmax(exact(sde.perturb(x0, t, z), t))
     entropy = -(posterior * jnp.log(posterior)).sum(1)

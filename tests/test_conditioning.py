@@ -209,7 +209,7 @@ def guided(kind: str, sde):
 
     def logits(x, t, labels):
         if kind == "analytic":
-            return mixture._logits(x, sde.alpha(t), sde.sigma(t), None)[0]
+            return mixture._components(x, sde.alpha(t), sde.sigma(t), None)[0]
         classifier = WideResnet(1, 2, 10, dtype=x.dtype.name)
         return logits_fn(lambda x, sigma: classifier.apply({"params": classifier_params()}, x, sigma), sde)(x, t)
 

@@ -34,7 +34,7 @@ def mixture_noise(sde, condition):
     """The ideal NoiseFn of the mixture; condition: (B, 3), added to each image's log weights."""
 
     def noise(x, t):
-        logits, pull = Mixture.reference()._logits(x, sde.alpha(t), sde.sigma(t), None)
+        logits, pull = Mixture.reference()._components(x, sde.alpha(t), sde.sigma(t), None)
         mixed = (per_image(jax.nn.softmax(logits + condition), pull) * pull).sum(1)
         return per_image(sde.sigma(t), x) * mixed
 
@@ -66,7 +66,7 @@ def test_published_model_wrapper(case, x64):
         return denoiser.noise_fn(network, sde, output=output, label=label, num_scales=1000)
 
     def log_posterior(x, t):
-        logits, _ = Mixture.reference()._logits(x, sde.alpha(t), sde.sigma(t), None)
+        logits, _ = Mixture.reference()._components(x, sde.alpha(t), sde.sigma(t), None)
         return jax.nn.log_softmax(logits)[np.arange(len(x)), get("labels")]
 
     nothing, scale = jnp.zeros((len(x), 3)), info.get("guidance_scale")
