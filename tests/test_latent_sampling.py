@@ -1,6 +1,8 @@
 """Few-step sampling in latent space: the published sampling code's results, from noise, prompts and files to images."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -167,3 +169,16 @@ def test_a_model_with_a_codebook(x64):
     compared(nchw(images), stored["image_f64"], 1e-9, "images")
     whole = first.apply({"params": weights}, z, method="decode", quantize=False)
     compared(nchw(whole), stored["image_force_not_quantize_f64"], 1e-9, "not quantized")
+
+
+@needs_tiny
+def test_the_program_of_the_page_runs():
+    """docs/latent.md on the tiny model."""
+    page = (pathlib.Path(__file__).resolve().parents[1] / "docs" / "latent.md").read_text()
+    program = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL).group(1)
+    program = program.replace('"stable-diffusion-v1-5"', repr(str(TINY))).replace("7.5, 64", "7.5, 8")
+    names = {}
+    exec(compile(program, "docs/latent.md", "exec"), names)
+    levels = np.asarray(names["levels"])
+    assert levels.dtype == np.uint8 and levels.shape[0] == 1 and levels.shape[3] == 3
+    assert np.isfinite(names["images"]).all()
