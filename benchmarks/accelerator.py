@@ -57,14 +57,14 @@ def main():
     print(f"{os.cpu_count()} CPU cores; the first device alone is timed\n", flush=True)
     beside = [Beside(differences)] if "differences" in PARTS.value else []
     works = all_works(*batches) if "times" in PARTS.value else {}
-    compiled = compile_all(works, left)
+    compiled = compile_all(works, left, 60 * MINUTES.value * LATEST)
     for part in beside:
         part.join(left())
         print("\n".join(part.lines), flush=True)
         if part.is_alive():
             print(f"\nThe rest was not done in {MINUTES.value:g} minutes.\n", flush=True)
     if works:
-        times(compiled, operations(experiment_of()))
+        times(compiled, operations(experiment_of()), PROFILE.value)
         if missing := [name for name in works if name not in compiled]:
             print(f"\nNot compiled in {MINUTES.value:g} minutes: {'; '.join(missing)}.")
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
@@ -256,14 +256,16 @@ def likelihood(batch: int, precision: str, changes: dict) -> Work:
     return Work(function, calls, batch, precision, evaluations=lambda result: int(result[1].evaluations))
 
 
-def compile_all(works: dict[str, Callable[[], Work]], left: Callable[[], float]) -> dict[str, Compiled]:
-    """The works that compile in the time left, some at once and in their order."""
+def compile_all(
+    works: dict[str, Callable[[], Work]], left: Callable[[], float], latest: float = 0.0
+) -> dict[str, Compiled]:
+    """The works that compile in the seconds left, some at once and in their order; none is begun in the `latest`."""
     waiting, compiled, done = queue.SimpleQueue(), {}, queue.SimpleQueue()
     for item in works.items():
         waiting.put(item)
 
     def work():
-        while left() > 60 * MINUTES.value * LATEST:
+        while left() > latest:
             try:
                 name, make = waiting.get_nowait()
             except queue.Empty:
@@ -337,10 +339,10 @@ def steadily(call: Callable, target: float = 0.6) -> float:
     return float(np.median(seconds))
 
 
-def times(compiled: dict[str, Compiled], operations: float):
+def times(compiled: dict[str, Compiled], operations: float, profile: str | None = None):
     """Print the table of what is compiled: each image's share, and in forward passes of the same precision.
 
-    operations: of a forward pass, an image.
+    operations: of a forward pass, an image. profile: a folder for traces of every row.
     """
     peak, forwards, rows, calls = peaks(), {}, [], {}
     for work, program, seconds in compiled.values():
@@ -362,9 +364,9 @@ def times(compiled: dict[str, Compiled], operations: float):
         forward = f"{duration / images / forwards[work.precision]:.2f}" if work.precision in forwards else ""
         print(f"| {name} | {images / duration:.0f} | {1000 * duration:.2f} | {counted} | {forward} | {seconds:.0f} |")
     sys.stdout.flush()
-    if PROFILE.value:
+    if profile:
         for number, call in enumerate(calls.values(), 1):
-            with jax.profiler.trace(os.path.join(PROFILE.value, f"row{number}")):
+            with jax.profiler.trace(os.path.join(profile, f"row{number}")):
                 jax.block_until_ready([call() for _ in range(3)])
 
 

@@ -137,16 +137,16 @@ def page(result):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         accelerator.THREADS = 1
         compiled = accelerator.compile_all(works, lambda: max(0.0, until - time.monotonic()))
-        accelerator.times(compiled)
+        accelerator.times(compiled, operations=1e6)
     result.put((list(compiled), out.getvalue()))
 
 
 def test_a_page_about_an_accelerator_shows_what_is_compiled_in_time():
     context = multiprocessing.get_context("spawn")
-    result = context.SimpleQueue()
+    result = context.Queue()
     process = context.Process(target=page, args=(result,))
     process.start()
-    compiled, text = result.get()
+    compiled, text = result.get(timeout=120)
     process.kill()
     assert compiled == ["quick"]
     (row,) = [line for line in text.splitlines() if line.startswith("| forward")]
