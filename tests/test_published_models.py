@@ -30,7 +30,7 @@ from score_sde.models.ncsnv2 import (
     ncsnv2_128,
     ncsnv2_256,
 )
-from score_sde.models.published import from_flax, from_torch, to_torch
+from score_sde.models.published import convert, from_flax, from_torch, to_torch
 from tests import reference
 from tests.test_models import official, synthetic
 from tools.import_checkpoint import fitting_configs
@@ -467,7 +467,7 @@ def test_bare_trees_and_chunks(tmp_path):
     }
     file = tmp_path / "params"
     file.write_bytes(serialization.msgpack_serialize({"Dense_0": {"kernel": array, "bias": chunked}}))
-    kind, model, ema, step = read_checkpoint(file)
+    kind, model, ema, step, *_ = read_checkpoint(file)
     assert (kind, ema, step) == ("flax", None, None)
     assert np.array_equal(model["Dense_0"]["kernel"], array)
     assert np.array_equal(model["Dense_0"]["bias"], array)
@@ -517,7 +517,7 @@ def test_a_state_dict_alone(tmp_path):
     """Transposed and in the middle of its storage, as PyTorch may store a tensor."""
     file = tmp_path / "state.pth"
     file.write_bytes(archive(tensor_program((2, 1), (1, 2), offset=1), a=FOUR))
-    kind, model, ema, step = read_checkpoint(file)
+    kind, model, ema, step, *_ = read_checkpoint(file)
     assert (kind, ema, step) == ("torch", None, None)
     assert np.array_equal(model["x"], [[1.0], [2.0]])
     assert model["x"].dtype == np.float32
@@ -631,7 +631,7 @@ def test_the_configs_that_fit_a_file_are_found():
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(diffusion.init, jax.random.key(0))
     )
     state = to_torch(params, builder.network_of(config), diffusion.space.shape)
-    assert fitting_configs(from_torch, state) == [
+    assert [path for path, _ in fitting_configs(functools.partial(convert, "torch"), state)] == [
         "configs/subvp/cifar10_ddpmpp_continuous.py",
         "configs/vp/cifar10_ddpmpp.py",
         "configs/vp/cifar10_ddpmpp_continuous.py",
