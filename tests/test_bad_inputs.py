@@ -508,7 +508,7 @@ BAD = {
     "EMS of an evaluation": (EVALUATE + "--metrics=convergence --ems=ems/absent.npz", "absent.npz", "python -m ems"),
     "evaluate nothing": ("evaluate --workdir=runs/none", "runs/none"),
     # importers
-    "import nothing": ("importers", "--config", "--workdir"),
+    "import nothing": ("importers", "one checkpoint file", "--workdir"),
     "import without a config": ("importers foreign/flax --workdir=runs/new", "config"),
     "import two": (IMPORT + "foreign/flax foreign/text.pth", "one checkpoint file"),
     "absent checkpoint file": (IMPORT + "foreign/none.pth", "foreign/none.pth"),
