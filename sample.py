@@ -10,11 +10,11 @@
     python sample.py --solver=ode [--option rtol=1e-5 --option atol=1e-5 --option temperature=0.9]
     python sample.py --task=interpolate                          between the latents of pairs of test images
 
-Solvers: those of solvers/__init__.py (dpmv3, DPM-Solver-v3, measures EMS first if the run has none; sde_dpmpp alone is
-stochastic), pc (predictor-corrector), and ode (adaptive, to a stated tolerance). Writes samples.npz, grid.png and
-run.json to <workdir>/samples/<name>/; a stopped run goes on after its last batch. A sample depends on its index and the
-seed alone, not on the batch size or the number of devices and hosts (pc with a corrector: also on its batch; ode: to
-within its tolerance).
+Solvers: those of solvers/__init__.py (dpmv3, DPM-Solver-v3, measures EMS first if the run has none; sde_dpmpp and
+stochastic_heun draw noise), pc (predictor-corrector), and ode (adaptive, to a stated tolerance). Writes samples.npz,
+grid.png and run.json to <workdir>/samples/<name>/; a stopped run goes on after its last batch. A sample depends on its
+index and the seed alone, not on the batch size or the number of devices and hosts (pc with a corrector: also on its
+batch; ode: to within its tolerance).
 
 The tasks inpaint and colorize are done by pc, class by any solver (dpmpp if absent), best with --guidance=3. Without
 --image they take test images, four samples each; grid.png then shows, in a row, an image, what was known of it, and its

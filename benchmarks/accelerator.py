@@ -218,8 +218,9 @@ def sampling(batch: int, precision: str, changes: dict) -> Work:
             experiment.sde, EVALUATIONS, **({"ems": timed.flat_ems(experiment, times)} if name == "dpmv3" else {})
         )
         for name, build in SOLVERS.items()
-        if name not in ("pndm", "sde_dpmpp")  # one needs 12 evaluations, one draws noise
+        if name != "pndm"  # it needs 12 evaluations
     }
+    tables = {name: table for name, table in tables.items() if table.noise is None}
     history = max(table.history for table in tables.values())
     calls = {}
     for name, table in tables.items():

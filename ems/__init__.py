@@ -1,7 +1,9 @@
 """Empirical model statistics (EMS): what DPM-Solver-v3 measures on a model, once.
 
-statistics = ems.measure(noise, sde, images)
-table = solvers.SOLVERS["dpmv3"](sde, 10, ems=statistics)
+    statistics = ems.measure(noise, sde, images)
+    table = solvers.SOLVERS["dpmv3"](sde, 10, ems=statistics)
+
+Any function (x, t) -> eps can be measured; `python -m ems` measures a run.
 """
 
 from collections.abc import Callable

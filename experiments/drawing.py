@@ -1,4 +1,4 @@
-"""Samples samples batch by batch, by any of three methods, and written: what sample.py does.
+"""Draw samples batch by batch, by any of three methods, and write them: what sample.py does.
 
 A stopped run of many batches goes on after its last one. A sample depends on its index and the seed alone.
 """
@@ -87,13 +87,13 @@ def few_step(
     hashes = [hashlib.sha256(leaf.tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
     solved, path = over_devices(), over_devices(trajectory=True)
 
-    def draw(index, advance):
+    def draw(index, report):
         x = solved(index)
         if not np.isfinite(x).all():  # again, with what every evaluation leads to
             between = path(index)
             k = int(np.isfinite(between).all((0, 2, 3, 4)).argmin())
             refuse_not_finite(between[:, k], index, f"evaluation {k + 1}", table.t[k])
-        advance(steps)
+        report(steps)
         return x, steps
 
     return Method(draw, solver, steps, steps, options, tuple(hashes))
@@ -198,7 +198,7 @@ def ode(model: runs.Model, options: dict | None = None, *, seed: int = 0, pairs:
         pair, share = 2 * (index // PER_PAIR - first), index % PER_PAIR / (PER_PAIR - 1)
         return probability_flow.interpolate(z[pair], z[pair + 1], share.astype(np.float32)), int(run.evaluations[0])
 
-    def draw(index, advance):
+    def draw(index, report):
         shards, calls = parallel.shard(index), 0
         if test is None:
             z = prior(shards)
@@ -207,7 +207,7 @@ def ode(model: runs.Model, options: dict | None = None, *, seed: int = 0, pairs:
             z = parallel.shard(z)
         x, run = parallel.gather(decode(params, shards, z))
         probability_flow.check(run, x, index)
-        advance(1)
+        report(1)
         return x, calls + int(run.evaluations[0])
 
     return Method(draw, "ode", None, "adaptive", options)

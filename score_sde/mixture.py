@@ -1,7 +1,9 @@
 """A Gaussian mixture of images: a model whose noise, score and density are known exactly, to play with and to test by.
 
-mixture = Mixture(weights, means, variances)
-noise = mixture.noise_fn(sde)          # a NoiseFn like a network's, without its error
+    mixture = Mixture(weights, means, variances)
+    noise = mixture.noise_fn(sde)
+
+The last is a NoiseFn like a network's, without its error.
 """
 
 import dataclasses

@@ -83,7 +83,7 @@ def learn(
     table: Tableau,
     starts: np.ndarray,
     ends: np.ndarray,
-    rows=None,
+    conditions=None,
     *,
     held_out: int,
     iterations: int = 12,
@@ -94,9 +94,9 @@ def learn(
 ) -> Learned:
     """Learn the corrections of a deterministic table by Levenberg and Marquardt's method, over all devices.
 
-    noise_of: (params, rows (B, ...) or None) -> NoiseFn.
+    noise_of: (params, condition of B samples or None) -> NoiseFn, as that of `Diffusion`.
     starts, ends: (N, H, W, C) draws of the prior and the fine solutions from them; the last `held_out` judge alone.
-    rows: the conditions of these samples, a tree of (N, ...).
+    conditions: of these samples, a tree of (N, ...).
     batch_size: what divides over the devices; the noises to learn from and those to judge by are whole batches.
     features: x (B, H, W, C) -> arrays (B, ...) whose squared differences are to be small; pixels by default.
     deadline: in time.monotonic(), after which no further iteration is begun.
@@ -114,8 +114,9 @@ def learn(
     flat = np.asarray(flat)
     basis = np.eye(len(flat), dtype=np.float32)[_effective(n, history)]
 
-    def differences(params, corrections, x, end, rows):
-        solved = tableaux.solve(noise_of(params, rows), corrected(table, sde, unravel(corrections)), x, unrolled=True)
+    def differences(params, corrections, x, end, condition):
+        better = corrected(table, sde, unravel(corrections))
+        solved = tableaux.solve(noise_of(params, condition), better, x, unrolled=True)
         return ravel_pytree(jax.tree.map(jnp.subtract, features(solved), features(end)))[0]
 
     def normal_equations(params, corrections, *batch):
@@ -135,7 +136,7 @@ def learn(
         """The sum over these noises, batch by batch, of what `function` gives on each device."""
         parts = []
         for i in range(first, last, batch_size):
-            batch = jax.tree.map(lambda values, i=i: values[i : i + batch_size], (starts, ends, rows))
+            batch = jax.tree.map(lambda values, i=i: values[i : i + batch_size], (starts, ends, conditions))
             parts.append(parallel.gather(function(params, corrections, *parallel.shard(batch))))
         return [np.concatenate(column).astype(np.float64).sum(0) for column in zip(*parts, strict=True)]
 

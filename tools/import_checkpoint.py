@@ -47,13 +47,11 @@ def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: boo
     raw: take the parameters themselves, not their averages.
     """
     read = foreign.read_checkpoint(file)
-    params, which = (read.model, "parameters") if raw else (read.ema, "averaged parameters (EMA)")
-    if params is None:
-        params, which = (
-            (read.ema, "averaged parameters (EMA), the only ones") if raw else (read.model, "only parameters")
-        )
-    if params is None:
+    sets = [(read.model, "parameters"), (read.ema, "averaged parameters (EMA)")]
+    held = [(params, which) for params, which in (sets if raw else sets[::-1]) if params is not None]
+    if not held:
         raise UserError(f"{file} holds no parameters")
+    params, which = held[0]
     to_ours = functools.partial(convert, read.kind)
     if config is None:
         config = only_fitting(file, fitting_configs(to_ours, params))
@@ -75,7 +73,8 @@ def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: boo
     except BaseException:
         shutil.rmtree(workdir, ignore_errors=True)
         raise
-    print(f"{file}: {read.kind} checkpoint of step {read.step}, took the {which}")
+    alone = ", the only ones that it holds" if len(held) == 1 else ""
+    print(f"{file}: {read.kind} checkpoint of step {read.step}, took the {which}{alone}")
     print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
 
 

@@ -4,13 +4,11 @@
     python -m tools.search --steps=5 --learn --minutes=20
     python sample.py --tableau=runs/digits/solvers/step3000-dpmv3-5.json
 
-What is minimised is the RMS distance to the fine solution of the ODE over some noises: first over the solver's options
-and the named grids, then over the times between t_max and the end, one at a time. (Optimised grids: GITS, Chen et al.
-2024; LD3, Tong et al. 2024; here together with measured statistics.) What is reported was measured on other noises. The
-result, a solver's name and options, is a small file that sample.py takes.
-
-GITS' own times are tried beside the named grids. With --learn corrections of the table itself follow, for half of the
-time (solvers/learned.py): weights of the solver and times that the network is told.
+What is minimised is the RMS distance to the fine solution of the ODE over some noises: first over the solver's options,
+the named grids, and the times of GITS (solvers/gits.py); then over the times between t_max and the end, one at a time
+(LD3, Tong et al. 2024, optimises times too). With --learn, half of the minutes go into corrections of the table itself
+(solvers/learned.py). What is reported was measured on other noises. The result, a solver's name, options and
+corrections, is a small file that sample.py takes.
 """
 
 import functools
@@ -46,8 +44,6 @@ EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if abs
 NOISES = flags.DEFINE_integer("noises", 128, "Noises to search on, and as many others to judge by.", lower_bound=2)
 MINUTES = flags.DEFINE_float("minutes", 10.0, "The search stops here at the latest.", lower_bound=0.1)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
-
-
 LEARN = flags.DEFINE_bool("learn", False, "Learn corrections of the best table too, within the same minutes.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Search for the model guided with this scale.")
 
@@ -85,10 +81,12 @@ def search(
     guidance: Guidance = measuring.NONE,
     learn: bool = False,
 ) -> tuple[pathlib.Path, dict[str, float]]:
-    """(the file written, the distance on other noises of the published table, the best named grid, the searched one).
+    """Write what is found: (the file, the distance on other noises of each table that was made, by name).
+
+    The tables are the published one, that on the best grid, the searched one, and the learned one.
 
     given: options to hold fixed; guidance: of the model that is searched for; without, it is the model alone.
-    learn: spend half of the time on corrections of the searched table, a further row.
+    learn: spend half of the time on corrections of the searched table.
     """
     # ------------------------------------------------------------------------------ what to search
     ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
@@ -101,9 +99,8 @@ def search(
     fine = dpm_solver_pp(sde, model.config.eval.fine_steps, order=2)
     index = np.arange(parallel.round_up(noises))
     searching, judging = (Trajectories(diffusion, model.params, each, index, fine) for each in (seed + 1, seed))
-    end = time.monotonic() + 60 * minutes
-    seconds = 30 * minutes if learn else 60 * minutes
-    deadline = end - 60 * minutes + seconds
+    seconds = 30 * minutes if learn else 60 * minutes  # of the search, before anything is learned
+    deadline = time.monotonic() + seconds
 
     def distance(options: dict) -> float:
         try:
@@ -127,8 +124,9 @@ def search(
     if "grid" not in given:
         cheap = cheapest_times(searching, steps, t_end)
         along = named | {"grid": cheap.tolist()}
-        print(f"the times of GITS: {distance(along):.4f}")
-        named = min(named, along, key=distance)
+        value_along = distance(along)
+        print(f"the times of GITS: {value_along:.4f}")
+        named = along if value_along < value else named
     times = np.array([*build(**named)[0].t, t_end])
     with_times = lambda lam: named | {"grid": sde.t_of_lam(lam).clip(times[-1], times[0]).tolist()}
     lam, value = descend(lambda lam: distance(with_times(lam)), sde.lam(times), deadline)
@@ -136,8 +134,9 @@ def search(
 
     # ------------------------------------------------------------------------------ judge, write
     rows = {"published": published, "best grid": build(**named)[0], "searched": build(**options)[0]}
-    corrections = corrections_of(rows["searched"], searching, end) if learn else None
+    corrections = None
     if learn:
+        corrections = corrections_of(rows["searched"], searching, deadline + seconds)
         rows["learned"] = samplers.with_corrections(rows["searched"], sde, corrections)
     held_out = {name: judging.distance(table) for name, table in rows.items()}
     record = dict(
@@ -153,9 +152,8 @@ def search(
         command=" ".join(sys.argv),
         score_sde=VERSION,
     )
-    named = f"step{model.step}-{solver}-{steps}"
-    named += "" if guidance.scale is None else f"-guidance{guidance.scale:g}"
-    path = model.results / "solvers" / f"{named}{'-learned' if learn else ''}.json"
+    guided = "" if guidance.scale is None else f"-guidance{guidance.scale:g}"
+    path = model.results / "solvers" / f"step{model.step}-{solver}-{steps}{guided}{'-learned' if learn else ''}.json"
     files.write(path, json.dumps(record, indent=2) + "\n")
     return path, held_out
 
@@ -189,7 +187,9 @@ def corrections_of(table: Tableau, trajectories: Trajectories, deadline: float) 
     n = n // batch * batch
     if n < 2 * batch:
         raise UserError(f"--learn on {n} noises: expected --noises={2 * batch} or more")
-    first = lambda tree: jax.tree.map(lambda values: values[:n], tree)
+    whole_batches = jax.tree.map(
+        lambda values: values[:n], (trajectories.starts, trajectories.ends, trajectories.conditions)
+    )
 
     def progress(done, total, best):
         print(f"learning: {done} of at most {total} iterations, RMS {best:.4f} on noises held out", flush=True)
@@ -199,7 +199,7 @@ def corrections_of(table: Tableau, trajectories: Trajectories, deadline: float) 
         trajectories.params,
         diffusion.sde,
         table,
-        *first((trajectories.starts, trajectories.ends, trajectories.conditions)),
+        *whole_batches,
         held_out=max(1, n // (4 * batch)) * batch,
         batch_size=batch,
         deadline=deadline,

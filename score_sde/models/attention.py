@@ -10,24 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from score_sde.models.layers import at_least_float32
+from score_sde.models.layers import attend
 
 LOGITS = 2**24  # at a time; 64 MB in float32, which is one head of one image at 64 x 64
-
-
-def attend(query: Array, key: Array, value: Array, causal: bool = False) -> Array:
-    """softmax(query key^T) value of (G, N, C), (G, M, C) and (G, M, D) -> (G, N, D); softmax in float32 or better.
-
-    causal: a query sees the keys up to its own place alone.
-    """
-    logits = jnp.einsum("gnc,gmc->gnm", query, key).astype(at_least_float32(query.dtype))
-    if causal:
-        seen = jnp.tril(jnp.ones(logits.shape[1:], bool))
-        logits = jnp.where(seen[None], logits, -jnp.inf)
-    # The softmax is normalized after the product with the values: derivatives take half the time on CPU.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(2, keepdims=True)))
-    h = jnp.einsum("gnm,gmd->gnd", weights.astype(query.dtype), value)
-    return h / weights.sum(2, keepdims=True).astype(query.dtype)
 
 
 def in_slices(query: Array, key: Array, value: Array) -> Array:

@@ -213,21 +213,29 @@ class Conv(nn.Module):
 ATTENTION_BLOCK = 1024
 
 
+def attend(query: Array, key: Array, value: Array, causal: bool = False) -> Array:
+    """softmax(query key^T) value of (G, N, C), (G, M, C) and (G, M, D) -> (G, N, D); softmax in float32 or better.
+
+    causal: a query sees the keys up to its own place alone.
+    """
+    logits = jnp.einsum("gnc,gmc->gnm", query, key).astype(at_least_float32(query.dtype))
+    if causal:
+        seen = jnp.tril(jnp.ones(logits.shape[1:], bool))
+        logits = jnp.where(seen[None], logits, -jnp.inf)
+    # The softmax is normalized after the product with the values: derivatives take half the time on CPU.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(2, keepdims=True)))
+    h = jnp.einsum("gnm,gmd->gnd", weights.astype(query.dtype), value)
+    return h / weights.sum(2, keepdims=True).astype(query.dtype)
+
+
 def attention(query: Array, key: Array, value: Array) -> Array:
-    """softmax(query key^T) value, each (B, N, C), without ever holding more than ATTENTION_BLOCK rows of the logits."""
-
-    def attend(query: Array) -> Array:
-        logits = jnp.einsum("bqc,bkc->bqk", query, key).astype(at_least_float32(query.dtype))
-        # The softmax is normalized after the product with the values: derivatives take half the time on CPU.
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(2, keepdims=True)))
-        h = jnp.einsum("bqk,bkc->bqc", weights.astype(query.dtype), value)
-        return h / weights.sum(2, keepdims=True).astype(query.dtype)
-
+    """`attend`, each (B, N, C), without ever holding more than ATTENTION_BLOCK rows of the logits."""
     batch, pixels, channels = query.shape
     if pixels <= ATTENTION_BLOCK or pixels % ATTENTION_BLOCK:
-        return attend(query)
+        return attend(query, key, value)
     blocks = query.reshape(batch, -1, ATTENTION_BLOCK, channels).swapaxes(0, 1)
-    blocks = jax.lax.map(jax.checkpoint(attend), blocks)  # the backward pass computes a block's logits again
+    at_once = jax.checkpoint(lambda block: attend(block, key, value))  # the backward pass computes its logits again
+    blocks = jax.lax.map(at_once, blocks)
     return blocks.swapaxes(0, 1).reshape(query.shape)
 
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from score_sde.errors import UserError
+from score_sde.models.attention import multihead
 from score_sde.models.layers import (
     DTYPES,
     Conv,
     Dropout,
     GroupNorm,
-    attention,
     class_weights,
     convolve,
     default_init,
@@ -111,18 +111,6 @@ class Resample(nn.Module):
         if not self.options.conv_resample:
             return RESAMPLE[self.resample](x)
         return conv()(upsample_2d(x)) if self.resample == "up" else conv(strides=2)(x)
-
-
-def multihead(query: Array, key: Array, value: Array, heads: int) -> Array:
-    """softmax(query key^T / sqrt(C / heads)) value by heads, query (B, N, C), key and value (B, M, C) -> (B, N, C).
-
-    The heads follow each other in the channels.
-    """
-    batch, pixels, channels = query.shape
-    width = channels // heads
-    split = lambda x: x.reshape(batch, -1, heads, width).swapaxes(1, 2).reshape(batch * heads, -1, width)
-    h = attention(split(query) * width**-0.5, split(key), split(value))
-    return h.reshape(batch, heads, pixels, width).swapaxes(1, 2).reshape(batch, pixels, channels)
 
 
 class Attention(nn.Module):
