@@ -315,6 +315,13 @@ BAD = {
     "negative warm-up": (TRAIN + "--config.optim.warmup=-5", "optim.warmup", "-5"),
     "negative cooldown": (TRAIN + "--config.training.cooldown=-5", "training.cooldown", "-5"),
     "negative decay": (TRAIN + "--config.optim.weight_decay=-0.1", "optim.weight_decay", "-0.1"),
+    "parameters of another network": (
+        TRAIN + "--config.training.init=runs/tiny --config.model.nf=16", "does not fit", "(8,) there and (16,) here",
+    ),
+    "parameters of another meaning": (
+        TRAIN + "--config.training.init=runs/tiny --config.denoiser.output=v", "denoiser.output 'eps', not 'v'",
+    ),
+    "parameters of no run": (TRAIN + "--config.training.init=runs/none", "no such workdir", "runs/none"),
     # data
     "unknown data set": (TRAIN + "--config.data.dataset=digit", "'digit'", "digits"),
     "absent data": (TRAIN + "--config.data.dataset=data/absent.npz", "data/absent.npz", "no such file"),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import serialization, traverse_util
 
-from configs.vp import cifar10_ddpmpp_continuous
+from configs import digits
 from experiments import build as builder
 from score_sde.errors import UserError
 from score_sde.foreign import read_checkpoint
@@ -624,15 +624,16 @@ def test_averages_that_do_not_belong_are_refused(tmp_path):
 
 
 def test_the_configs_that_fit_a_file_are_found():
-    """By every name and shape; these parameters do not tell VP from sub-VP, nor the discrete from the continuous."""
-    config = cifar10_ddpmpp_continuous.get_config()
+    """By every name and shape, which do not tell the SDE."""
+    config = digits.get_config()
     diffusion = builder.diffusion_of(config)
     params = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(diffusion.init, jax.random.key(0))
     )
     state = to_torch(params, builder.network_of(config), diffusion.space.shape)
     assert [path for path, _ in fitting_configs(functools.partial(convert, "torch"), state)] == [
-        "configs/subvp/cifar10_ddpmpp_continuous.py",
-        "configs/vp/cifar10_ddpmpp.py",
-        "configs/vp/cifar10_ddpmpp_continuous.py",
+        "configs/digits.py",
+        "configs/digits_flow.py",
+        "configs/digits_subvp.py",
+        "configs/digits_ve.py",
     ]

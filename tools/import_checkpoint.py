@@ -14,6 +14,7 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -91,7 +92,10 @@ def only_fitting(file: str, fitting: list[tuple]):
 def fitting_configs(convert: Callable, params: dict) -> list[tuple]:
     """The files of configs/ whose network takes these parameters, and their configs; the SDE is not told by them."""
     verdicts, fitting = {}, []
+    sizes = {size for array in jax.tree.leaves(params) for size in np.shape(array)}
     for path, config in package_configs():
+        if not _widths(config.model) <= sizes:
+            continue  # to trace each network would take a minute
         shape = build.space_of(config).shape
         key = (str(config.model), shape)
         if key not in verdicts:
@@ -104,6 +108,11 @@ def fitting_configs(convert: Callable, params: dict) -> list[tuple]:
         if verdicts[key]:
             fitting.append((path, config))
     return fitting
+
+
+def _widths(fields) -> set[int]:
+    """The numbers of channels that the levels of a config's network have, each of them a size of some parameter."""
+    return {fields.nf * factor for factor in fields.get("ch_mult", (1,))} if "nf" in fields else set()
 
 
 def export(model: runs.Model, path: str):
