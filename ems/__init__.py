@@ -39,8 +39,8 @@ def measure(
     `python -m ems` does the same for a run, on all devices, resumes, and says whether K suffices.
     """
     x0 = np.asarray(images, np.float32)
-    used = len(x0) // batch_size * batch_size
-    if x0.ndim != 4 or not used:
+    num_data = len(x0) // batch_size * batch_size
+    if x0.ndim != 4 or not num_data:
         raise UserError(f"images are {x0.shape}: expected (K, H, W, C) with K at least the batch size, {batch_size}")
     key = jax.random.key(seed)
 
@@ -53,9 +53,9 @@ def measure(
     node = estimate.nodes(sde, nodes, t_end=t_end)
     take = lambda index: (x0[index],)
     moments = estimate.accumulate(
-        as_float32, node, take, range(used), x0.shape[1:], batch_size=batch_size, progress=progress
+        as_float32, node, take, range(num_data), x0.shape[1:], batch_size=batch_size, progress=progress
     )
     if not np.isfinite(moments.mean).all():
         raise UserError("noise(x, t) is not finite for these images: expected finite (B, H, W, C) for every t")
-    origin = dict(sde=statistics.describe_sde(sde), num_data=used, nodes=nodes, seed=seed, t_end=float(node.t[-1]))
+    origin = dict(sde=statistics.describe_sde(sde), num_data=num_data, nodes=nodes, seed=seed, t_end=float(node.t[-1]))
     return estimate.with_errors(node, moments, origin)[0]

@@ -258,9 +258,9 @@ def accumulate(
 def _read_partial(path: pathlib.Path, identity: str) -> tuple[Moments, int] | None:
     """Moments and units done of a stopped estimate, or None if it belongs to another estimate or is damaged."""
     try:
-        found = files.load_npz(path)
-        if str(found["identity"]) == identity:
-            return Moments(*(found[name] for name in Moments._fields)), int(found["done"])
+        arrays = files.load_npz(path)
+        if str(arrays["identity"]) == identity:
+            return Moments(*(arrays[name] for name in Moments._fields)), int(arrays["done"])
     except (OSError, KeyError, ValueError):
         pass
     return None

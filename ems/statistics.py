@@ -110,8 +110,8 @@ def load_published(folder, sde: SDE, image_shape: tuple[int, int, int], *, t_end
     folder, arrays = pathlib.Path(folder), {}
     for name, keys in (("l.npz", "l"), ("sb.npz", "sb")):
         try:
-            found = files.load_npz(folder / name, keys)
-            arrays |= {key: np.asarray(found[key], np.float64) for key in keys}
+            stored = files.load_npz(folder / name, keys)
+            arrays |= {key: np.asarray(stored[key], np.float64) for key in keys}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{folder / name} holds no published statistics ({error}): expected l.npz with l, sb.npz with s and b"

@@ -33,10 +33,10 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     coordinator: host:port of process 0. Without arguments, the others are those that SLURM, Open MPI or a Cloud TPU
         tell of.
     """
-    given = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
-    if None not in given.values():
-        given["cluster_detection_method"] = "deactivate"
-    elif any(value is not None for value in given.values()):
+    address = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+    if None not in address.values():
+        address["cluster_detection_method"] = "deactivate"
+    elif any(value is not None for value in address.values()):
         raise UserError("several processes need all of --coordinator=HOST:PORT, --num_processes and --process_id")
     elif not _launched():
         _divide_cpu()
@@ -44,7 +44,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=2 * SHUTDOWN_SECONDS
+            **address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=2 * SHUTDOWN_SECONDS
         )
     except (ValueError, RuntimeError, OSError, IndexError) as error:
         raise UserError(

@@ -27,8 +27,8 @@ def deis(
     t = grids.times(grid, sde, steps, t_end=t_end)
     integrator = Integrator.of(sde, t, order, data_prediction=False)
     for i in range(steps):
-        used = i - np.arange(min(i + 1, order))
-        integrator.predict(i, i, _lagrange_integrals(sde, t[used], t[i], t[i + 1]))
+        nodes = i - np.arange(min(i + 1, order))
+        integrator.predict(i, i, _lagrange_integrals(sde, t[nodes], t[i], t[i + 1]))
     return integrator.tableau
 
 

@@ -137,21 +137,27 @@ def dpm_solver_v3(
     tableau = empty(sde, ems.t[nodes], order + 1, ems.l[nodes[:-1]])
     for i in range(steps):
         p = min(i + 1, order, steps - i if lower_order_final else order)
-        used = [i - k for k in range(p)]  # evaluations, the base first
-        _set_row(tableau.predict[i], 1, i, used, update(nodes[i + 1], nodes[used], pseudo))
+        evaluations = [i - k for k in range(p)]  # the base first
+        _set_row(tableau.predict[i], 1, i, evaluations, update(nodes[i + 1], nodes[evaluations], pseudo))
         q = p + corrector_pseudo
         if q > 1 and i + 1 < steps and CORRECTOR[corrector](tableau.t[i + 1]):
-            used = [i, i + 1, *(i - k for k in range(1, q - 1))]
-            _set_row(tableau.correct[i + 1], 2, i + 1, used, update(nodes[i + 1], nodes[used], corrector_pseudo))
+            evaluations = [i, i + 1, *(i - k for k in range(1, q - 1))]
+            _set_row(
+                tableau.correct[i + 1],
+                2,
+                i + 1,
+                evaluations,
+                update(nodes[i + 1], nodes[evaluations], corrector_pseudo),
+            )
     return tableau
 
 
-def _set_row(row, first: int, now: int, used: Sequence[int], coefficients):
-    """Write a step's (of x, of each f in `used`, constant) into a tableau row whose column `first` is f of `now`."""
+def _set_row(row, first: int, now: int, evaluations: Sequence[int], coefficients):
+    """Write (of x, of the f of each evaluation, constant) into a tableau row whose column `first` is f of `now`."""
     of_x, of_f, constant = coefficients
     row[:] = 0.0
     row[0], row[-1] = of_x, constant
-    for evaluation, weight in zip(used, of_f, strict=True):
+    for evaluation, weight in zip(evaluations, of_f, strict=True):
         row[first + now - evaluation] = weight
 
 
@@ -197,15 +203,15 @@ class _Update:
         distance = (lam - lam[0]).reshape(-1, 1, 1, 1) ** k / math.factorial(k)
         return np.trapezoid(np.exp(L + S - L[0] - S[0]) * distance, lam, axis=0)
 
-    def __call__(self, t: int, used: np.ndarray, pseudo: bool):
-        """Step to node t from node used[0], through f at the nodes `used`: coefficients of x, of each f, constant."""
-        s = used[0]
+    def __call__(self, t: int, evaluations: np.ndarray, pseudo: bool):
+        """Coefficients (of x, of each f, constant) of the step to node t from the first of the nodes `evaluations`."""
+        s = evaluations[0]
         L, S, B, I, C = self.L, self.S, self.B, self.I, self.C
         scale = self.alpha[t] * np.exp(L[s] - L[t])
-        moments = [-scale * self._moment(s, t, k) for k in range(len(used))]
-        derivatives = derivative_weights(self.lam[used], pseudo)
+        moments = [-scale * self._moment(s, t, k) for k in range(len(evaluations))]
+        derivatives = derivative_weights(self.lam[evaluations], pseudo)
         of_f, constant = [], -self.alpha[t] * np.exp(-L[t]) * (C[t] - C[s] - B[s] * (I[t] - I[s]))
-        for j, node in enumerate(used):
+        for j, node in enumerate(evaluations):
             of_g = sum(weights[j] * moment for weights, moment in zip(derivatives, moments, strict=True))
             of_f.append(of_g * np.exp(S[s] - S[node]))
             constant = constant - of_g * np.exp(S[s]) * (B[node] - B[s])
@@ -225,6 +231,6 @@ def derivative_weights(lam: np.ndarray, pseudo: bool) -> np.ndarray:
     differences, rows = np.eye(n), []
     for k in range(n):
         rows.append(math.factorial(k) * differences[0])
-        spread = lam[: n - k - 1] - lam[k + 1 :]
-        differences = (differences[:-1] - differences[1:]) / spread[:, None]
+        distance = lam[: n - k - 1] - lam[k + 1 :]
+        differences = (differences[:-1] - differences[1:]) / distance[:, None]
     return np.array(rows)

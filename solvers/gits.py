@@ -62,8 +62,8 @@ def jump_costs(u: np.ndarray, eps: np.ndarray, r: np.ndarray) -> np.ndarray:
     u, eps = u.reshape(*u.shape[:2], -1), eps.reshape(*eps.shape[:2], -1)
     costs = np.full((len(u), len(u)), np.inf)
     for i in range(len(eps)):
-        missed = u[i] + (r[i + 1 :] - r[i])[:, None, None] * eps[i] - u[i + 1 :]
-        costs[i, i + 1 :] = np.linalg.norm(missed, axis=-1).mean(-1)
+        errors = u[i] + (r[i + 1 :] - r[i])[:, None, None] * eps[i] - u[i + 1 :]
+        costs[i, i + 1 :] = np.linalg.norm(errors, axis=-1).mean(-1)
     return costs
 
 

@@ -56,9 +56,9 @@ def _table(sde: SDE, steps: int, t, share, s_noise: float) -> Tableau:
     n = steps // 2
     share = share[: n + 1] * np.append(np.ones(n), steps % 2)  # the end is no start of a step, but of the one to 0
     rho = sde.sigma(t) / sde.alpha(t)
-    raised = np.where(share > 0, sde.t_of_lam(-np.log(rho * (1 + share))), t)
+    t_hat = np.where(share > 0, sde.t_of_lam(-np.log(rho * (1 + share))), t)
     integrator = Integrator.of(
-        sde, np.stack([raised, np.roll(t, -1)], axis=1).ravel()[: 2 * n + 1], 2, data_prediction=False
+        sde, np.stack([t_hat, np.roll(t, -1)], axis=1).ravel()[: 2 * n + 1], 2, data_prediction=False
     )
     for i in range(0, 2 * n, 2):
         h = integrator.rho[i + 1] - integrator.rho[i]
@@ -67,9 +67,9 @@ def _table(sde: SDE, steps: int, t, share, s_noise: float) -> Tableau:
         integrator.predict(i + 1, i, [h / 2, h / 2])
     table = integrator.tableau
     if share.any():
-        added = sde.alpha(raised) * rho * np.sqrt((1 + share) ** 2 - 1) * s_noise
+        noise_std = sde.alpha(t_hat) * rho * np.sqrt((1 + share) ** 2 - 1) * s_noise
         noise = np.zeros((2 * n, 1, 1, 1))
-        noise[1::2, 0, 0, 0] = added[1:]
-        start = np.array([sde.alpha(raised[0]) / sde.alpha(t[0]), added[0]]).reshape(2, 1, 1, 1)
-        table = table._replace(noise=noise, start=start if added[0] else None)
-    return denoised(table, sde, raised[-1]) if steps % 2 else table
+        noise[1::2, 0, 0, 0] = noise_std[1:]
+        start = np.array([sde.alpha(t_hat[0]) / sde.alpha(t[0]), noise_std[0]]).reshape(2, 1, 1, 1)
+        table = table._replace(noise=noise, start=start if noise_std[0] else None)
+    return denoised(table, sde, t_hat[-1]) if steps % 2 else table

@@ -91,16 +91,16 @@ def train_features(
     params = network.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
     state, start = (params, optimizer.init(params)), 0
     identity = f"{images.name} {images.size} {image_shape} {num_steps} {batch_size} {learning_rate} {seed}"
-    kept = pathlib.Path("runs") / f"resnet20_{name}" / "state.npz"
-    if kept.exists():
+    checkpoint_path = pathlib.Path("runs") / f"resnet20_{name}" / "state.npz"
+    if checkpoint_path.exists():
         try:
-            found = files.load_npz(kept)
-            theirs, start = str(found["identity"]), int(found["step"])
-            leaves = [jnp.asarray(found[f"leaf{i}"]) for i in range(len(jax.tree.leaves(state)))]
+            arrays = files.load_npz(checkpoint_path)
+            theirs, start = str(arrays["identity"]), int(arrays["step"])
+            leaves = [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(jax.tree.leaves(state)))]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{kept} is damaged ({error}): remove it to start again") from None
+            raise UserError(f"{checkpoint_path} is damaged ({error}): remove it to start again") from None
         if theirs != identity:
-            raise UserError(f"{kept} belongs to another training ({theirs}): remove it or change --name")
+            raise UserError(f"{checkpoint_path} belongs to another training ({theirs}): remove it or change --name")
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
         print(f"continuing at step {start} of {num_steps}")
 
@@ -114,7 +114,7 @@ def train_features(
             if (step + 1) % 100 == 0:
                 bar.set_postfix_str(f"loss {float(value):.3f}")
                 leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tuple(state)))}
-                files.save_npz(kept, leaves | dict(identity=identity, step=step + 1))
+                files.save_npz(checkpoint_path, leaves | dict(identity=identity, step=step + 1))
     minutes = (time.monotonic() - began) / 60
 
     provenance = dict(

@@ -60,10 +60,10 @@ def standard(path: str | os.PathLike, *, mode: str = "tf", any_weights: bool = F
         features, logits, _ = inception.Inception().apply({"params": params}, inception.preprocess(images, grid, zero))
         return features, logits - params["fc"]["bias"][None]
 
-    known = sha256 == inception.SHA256
-    name = f"inception-2015-12-05 ({mode})" if known else f"inception-{sha256[:8]} ({mode})"
+    official = sha256 == inception.SHA256
+    name = f"inception-2015-12-05 ({mode})" if official else f"inception-{sha256[:8]} ({mode})"
     preprocessing = f"uint8, {grid} bilinear to 299, (x - {zero:g}) / {zero:g}, gray repeated"
-    return FeatureNetwork(name, "FID" if known else f"FD-{name}", sha256, preprocessing, 3, 2048, params, apply)
+    return FeatureNetwork(name, "FID" if official else f"FD-{name}", sha256, preprocessing, 3, 2048, params, apply)
 
 
 def local(path: str | os.PathLike) -> FeatureNetwork:
@@ -148,17 +148,17 @@ def measure(
     """
     moments, features, logits = distances.empty(network.dimension), [], []
     ranges = [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-    kept = lambda first, last: folder / f"features_{first:07d}_{last:07d}.npz"
-    missing = [bounds for bounds in ranges if folder is None or not kept(*bounds).exists()]
+    path_of = lambda first, last: folder / f"features_{first:07d}_{last:07d}.npz"
+    missing = [bounds for bounds in ranges if folder is None or not path_of(*bounds).exists()]
     measured = extract(network, (images_of(*bounds) for bounds in missing))
     for bounds in progress(ranges):
         if bounds not in missing:
-            arrays = files.load_npz(kept(*bounds))
+            arrays = files.load_npz(path_of(*bounds))
             found = arrays["features"], arrays["logits"]
         else:
             found = next(measured)
             if folder is not None:
-                files.save_npz(kept(*bounds), dict(features=found[0], logits=found[1]))
+                files.save_npz(path_of(*bounds), dict(features=found[0], logits=found[1]))
         moments = distances.merge(moments, distances.gaussian(found[0]))
         features.append(found[0][: max(0, KEPT - bounds[0])])
         logits.append(found[1])
@@ -203,8 +203,8 @@ def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
         n = int(arrays["n"]) if "n" in arrays else None
         features = np.asarray(arrays["features"], np.float32) if "features" in arrays else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        told = "no mu and sigma" if isinstance(error, KeyError) else one_line(error, 100)
-        raise UserError(f"{path} is no file of statistics ({told}): expected an .npz with mu and sigma") from None
+        reason = "no mu and sigma" if isinstance(error, KeyError) else one_line(error, 100)
+        raise UserError(f"{path} is no file of statistics ({reason}): expected an .npz with mu and sigma") from None
     size = (network.dimension,)
     if mean.shape != size or covariance.shape != size * 2:
         raise UserError(

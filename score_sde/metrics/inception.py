@@ -212,10 +212,10 @@ def params_of(state: dict[str, np.ndarray]) -> dict:
     g = weight / sqrt(running_var + 1e-3), the kernel is g times the stored one and the bias is bias - g running_mean.
     """
     template = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
-    left = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
+    rest = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
 
     def take(name, shape):
-        array = left.pop(name, None)
+        array = rest.pop(name, None)
         if array is None or array.shape != shape:
             found = "none" if array is None else array.shape
             raise UserError(f"the weights of the Inception network need {name} of shape {shape}, found {found}")
@@ -238,8 +238,8 @@ def params_of(state: dict[str, np.ndarray]) -> dict:
             params[name] = convolution(name, leaf)
         else:
             params[name] = {branch: convolution(f"{name}.{branch}", leaf[branch]) for branch in leaf}
-    if left:
-        raise UserError(f"the Inception network has no place for {len(left)} entries, such as {min(left)}")
+    if rest:
+        raise UserError(f"the Inception network has no place for {len(rest)} entries, such as {min(rest)}")
     return params
 
 

@@ -163,9 +163,9 @@ def _convolve_backward(stride, saved, gradient):
     _, of_kernel = jax.vjp(lambda kernel: _convolve(x, kernel, stride), kernel)
     padding = []
     for size, rows, width in zip(x.shape[1:3], gradient.shape[1:3], kernel.shape[:2], strict=True):
-        spread = (rows - 1) * stride + 1
-        before = width - 1 - max(spread - 1 + width - size, 0) // 2
-        padding.append((before, size + width - 1 - spread - before))
+        extent = (rows - 1) * stride + 1
+        before = width - 1 - max(extent - 1 + width - size, 0) // 2
+        padding.append((before, size + width - 1 - extent - before))
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
     of_x = jax.lax.conv_general_dilated(
         gradient,
@@ -220,8 +220,8 @@ def attend(query: Array, key: Array, value: Array, causal: bool = False) -> Arra
     """
     logits = jnp.einsum("gnc,gmc->gnm", query, key).astype(at_least_float32(query.dtype))
     if causal:
-        seen = jnp.tril(jnp.ones(logits.shape[1:], bool))
-        logits = jnp.where(seen[None], logits, -jnp.inf)
+        visible = jnp.tril(jnp.ones(logits.shape[1:], bool))
+        logits = jnp.where(visible[None], logits, -jnp.inf)
     # The softmax is normalized after the product with the values: derivatives take half the time on CPU.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(2, keepdims=True)))
     h = jnp.einsum("gnm,gmd->gnd", weights.astype(query.dtype), value)

@@ -60,9 +60,9 @@ class InstanceNorm2dPlus(nn.Module):
         x = x.astype(precise)
         gamma, alpha, beta = (c.astype(precise) for c in self.coefficients(index, x.shape[-1]))
         means = x.mean((1, 2), keepdims=True)
-        spread = (means - means.mean(3, keepdims=True)) * jax.lax.rsqrt(means.var(3, keepdims=True) + 1e-5)
+        relative_means = (means - means.mean(3, keepdims=True)) * jax.lax.rsqrt(means.var(3, keepdims=True) + 1e-5)
         h = (x - means) * jax.lax.rsqrt(x.var((1, 2), keepdims=True) + 1e-5)
-        return ((h + spread * alpha) * gamma + beta).astype(self.dtype)
+        return ((h + relative_means * alpha) * gamma + beta).astype(self.dtype)
 
     def coefficients(self, index: Array, channels: int) -> tuple[Array, Array, Array]:
         """gamma, alpha, beta: (1, 1, 1, C)."""

@@ -85,14 +85,14 @@ class Block(nn.Module):
         resample = RESAMPLE[self.resample]
         h = resample(nn.swish(options.norm("norm_0")(x)))
         h = options.conv(self.features, "conv_0")(h)
-        told = self.features * (2 if options.scale_shift else 1)
-        told = nn.Dense(told, kernel_init=default_init(), dtype=dtype, name="embed")(nn.swish(embedding))
-        told = told[:, None, None, :]
+        features = self.features * (2 if options.scale_shift else 1)
+        shift = nn.Dense(features, kernel_init=default_init(), dtype=dtype, name="embed")(nn.swish(embedding))
+        shift = shift[:, None, None, :]
         if options.scale_shift:
-            scale, shift = jnp.split(told, 2, axis=-1)
+            scale, shift = jnp.split(shift, 2, axis=-1)
             h = options.norm("norm_1")(h) * (1 + scale) + shift
         else:
-            h = options.norm("norm_1")(h + told)
+            h = options.norm("norm_1")(h + shift)
         h = Dropout(options.dropout)(nn.swish(h), dropout_keys)
         h = options.conv(self.features, "conv_1", init_scale=0.0)(h)
         x = resample(x)
@@ -351,8 +351,8 @@ class UNet(_Encoder):
         if y is None and self.is_initializing():
             return jnp.zeros((len(x), 1, self.context_dim), x.dtype)
         if y is None or y.ndim != 3 or y.shape[-1] != self.context_dim:
-            told = "none" if y is None else f"one of shape {y.shape}"
-            raise UserError(f"this network needs a context (B, M, {self.context_dim}), but got {told}")
+            got = "none" if y is None else f"one of shape {y.shape}"
+            raise UserError(f"this network needs a context (B, M, {self.context_dim}), but got {got}")
         return y
 
     def _enlarged(self, low_res: Array | None, x: Array) -> Array:
