@@ -74,6 +74,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     training.label_dropout = 0.0  # share of labels hidden from a class-conditional network, which can then be guided
     training.ema_rate = 0.999 if exploding else 0.9999
     training.ema_warmup = False  # ramp the rate up from 0, as the official PyTorch code does
+    training.power_ema = ()  # relative widths of further averages, of which tools.ema makes any; EDM2's are (0.05, 0.1)
     training.accumulate = 1  # slices of a device's batch that pass the network one after another, to save memory
     training.non_finite = "stop"  # before a batch whose loss or gradient is not finite; or "skip" it and count
     training.steps_per_call = 1  # more save dispatch on GPU and TPU; on CPU a loop makes steps 20 times slower

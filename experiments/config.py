@@ -58,6 +58,11 @@ RULES = (
         lambda value: len(value) == 2 and abs(value[0]) < 100 and 0 < value[1] < 100,
         ("training.lam_normal",),
     ),
+    (
+        "relative widths between 0 and 0.288",
+        lambda values: all(0 < value < 0.288 for value in values),
+        ("training.power_ema",),
+    ),
     ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
 )
 

@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments import build, events, figures, program, runs
-from score_sde import checkpoint, data, files, parallel, training
+from score_sde import checkpoint, data, files, parallel, power_ema, training
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Classifier
@@ -55,6 +55,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
         cooldown=fields.cooldown,
         accumulate=fields.accumulate,
         skip_non_finite=fields.non_finite == "skip",
+        power_gammas=tuple(map(power_ema.gamma_of, fields.power_ema)),
     )
     step_on_devices = parallel.pmap(
         lambda signal, *inputs: (*steps(*inputs), parallel.largest(signal)),
@@ -69,7 +70,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     )
     show = accuracy(config, model) if build.is_classifier(config) else samples(model)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=fields.keep_freq)
-    state = training.init_state(params, optimizer)
+    state = training.init_state(params, optimizer, power_averages=len(fields.power_ema))
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{workdir}: {size / 1e6:.2f} M parameters, {stream.images.size} images, {jax.device_count()} device(s)")
     if last := checkpoints.last(lambda step: checkpoints.restore(step, state)):

@@ -98,7 +98,8 @@ class Checkpoints:
     def restore(self, step: int, template: State) -> tuple[State, dict]:
         """The state and meta of a step, of the template's tree, shapes and types, as host arrays."""
         arrays, meta = self._read(step, state=_rest(template), ema=template.ema)
-        return serialization.from_state_dict(template, arrays.state | {"ema": arrays.ema}), meta
+        rest = serialization.to_state_dict(template) | arrays.state
+        return serialization.from_state_dict(template, rest | {"ema": arrays.ema}), meta
 
     def restore_ema(self, step: int, template) -> dict:
         """The averaged parameters of a step alone."""
@@ -192,7 +193,7 @@ def _rest(state: State) -> dict:
     """All of a state but its EMA, as nested dicts that a reader understands without this code."""
     rest = serialization.to_state_dict(state)
     del rest["ema"]
-    return rest
+    return rest if state.power_ema else {name: tree for name, tree in rest.items() if name != "power_ema"}
 
 
 def _crc(plain: dict) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from score_sde import losses, parallel
+from score_sde import losses, parallel, power_ema
 from score_sde.sde import SDE, per_image
 
 
@@ -23,6 +23,7 @@ class State(NamedTuple):
     params: Any
     ema: Any  # exponential moving average of params; what sampling uses
     opt_state: optax.OptState
+    power_ema: tuple = ()  # averages of params by power functions (score_sde/power_ema.py)
 
 
 class Draws(NamedTuple):
@@ -46,9 +47,10 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(grad_clip), adam) if grad_clip >= 0 else adam
 
 
-def init_state(params, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step; EMA starts at the parameters."""
-    return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+def init_state(params, optimizer: optax.GradientTransformation, *, power_averages: int = 0) -> State:
+    """The state before the first step; all averages start at the parameters."""
+    copies = tuple(jax.tree.map(jnp.copy, params) for _ in range(1 + power_averages))
+    return State(jnp.zeros((), jnp.int32), params, copies[0], optimizer.init(params), copies[1:])
 
 
 def update_ema(ema, params, step, *, rate: float, warmup: bool):
@@ -142,6 +144,7 @@ def make_step(
     cooldown: int = 0,
     accumulate: int = 1,
     skip_non_finite: bool = False,
+    power_gammas: tuple[float, ...] = (),
 ) -> Callable:
     """(state, batches, first, n_iters) -> (state, metrics): a step for each batch along the leading axis of `batches`.
 
@@ -154,6 +157,7 @@ def make_step(
     skip_non_finite: an update whose loss or gradient norm is not finite is never applied. With it, that step counts as
         done and the next goes on from the same parameters, average and optimizer. Without, the state remains before
         that step whatever batches come after, so that a caller may look at `state.step` as rarely as it likes.
+    power_gammas: the exponents of the averages in `state.power_ema`.
     metrics: the loss and the norms of gradient and parameters, and 1 for each update that was not applied, else 0.
 
     Several steps a call save dispatch on accelerators. On CPU take one: convolution gradients inside a loop are 20
@@ -174,7 +178,9 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, number + 1, rate=ema_rate, warmup=ema_warmup)
         applied = finite & (state.step == number)
-        done = State(number + 1, params, ema, opt_state)
+        power = zip(state.power_ema, power_gammas, strict=True)
+        averages = tuple(power_ema.update(average, params, number + 1, gamma) for average, gamma in power)
+        done = State(number + 1, params, ema, opt_state, averages)
         state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), done, state)
         if skip_non_finite:
             state = state._replace(step=done.step)

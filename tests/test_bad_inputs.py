@@ -30,6 +30,7 @@ PROGRAMS = {
     "ems": "ems.__main__",
     "importers": "tools.import_checkpoint",
     "search": "tools.search",
+    "average": "tools.ema",
     "metrics": "tools.train_features",
 }
 
@@ -529,6 +530,12 @@ BAD = {
     "empty Flax checkpoint": (IMPORT + "foreign/flax", "foreign/flax"),
     "export nothing": ("importers --export=weights.npz --workdir=runs/none", "runs/none"),
     "export onto a folder": ("importers --export=data --workdir=runs/tiny", "data", "directory"),
+    # averages
+    "average of no width": ("average --workdir=runs/tiny --out=runs/new", "--std"),
+    "average to nowhere": ("average --workdir=runs/tiny --std=0.1", "--out"),
+    "average of a width that none has": ("average --workdir=runs/tiny --std=0.4 --out=runs/new", "0.4", "0.289"),
+    "average of none": ("average --workdir=runs/tiny --std=0.1 --out=runs/new", "runs/tiny", "training.power_ema"),
+    "width that no average has": (TRAIN + "--config.training.power_ema=(0.05,0.5)", "power_ema", "(0.05, 0.5)"),
     # searches and feature networks
     "one step to search": (SEARCH + "--steps=1", "steps", "1"),
     "solver without choices": (SEARCH + "--solver=heun", "heun", "dpmv3"),

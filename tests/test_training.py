@@ -105,6 +105,21 @@ def test_cooldown_shortens_the_last_steps():
             np.testing.assert_allclose(state.params[name] - before.params[name], share * move, rtol=1e-4)
 
 
+def test_power_averages_of_the_steps():
+    """Two steps: the first parameters count (1 / 2)^(gamma + 1), and of the first step nothing but its result."""
+    optimizer, gammas = optax.adam(0.1), (1.0, 3.0)
+    step = jax.jit(toy_step(optimizer, sde_lib.VP(), power_gammas=gammas))
+    state, path = training.init_state(toy_params(), optimizer, power_averages=2), []
+    for i in range(2):
+        state, _ = step(state, jax.tree.map(lambda b, i=i: b[i : i + 1], toy_batches(2, 8)), i)
+        path.append(state.params)
+    for average, gamma in zip(state.power_ema, gammas, strict=True):
+        first = 0.5 ** (gamma + 1)
+        for name in average:
+            expected = first * path[0][name] + (1 - first) * path[1][name]
+            np.testing.assert_allclose(average[name], expected, rtol=1e-6)
+
+
 def test_the_step_is_traced_once():
     """What comes out of a step goes into the next as what it was before: a second tracing is a second compilation."""
     traced = []
