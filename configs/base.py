@@ -72,6 +72,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     training.weight = "eps"  # whose error counts: a key of losses.WEIGHTS, as "network", the network's own
     training.reduce_mean = not exploding  # mean over pixels, or half of the sum
     training.label_dropout = 0.0  # share of labels hidden from a class-conditional network, which can then be guided
+    training.augment = 0.0  # probability of each augmentation that the network is told of (score_sde/augmentation.py)
     training.ema_rate = 0.999 if exploding else 0.9999
     training.ema_warmup = False  # ramp the rate up from 0, as the official PyTorch code does
     training.power_ema = ()  # relative widths of further averages, of which tools.ema makes any; EDM2's are (0.05, 0.1)
@@ -184,8 +185,10 @@ def annealed_langevin(config: ConfigDict, *, lr: float, snr: float, corrector_st
     return config
 
 
-def edm(dataset: str, image_size: int, *, batch_size: int, lr: float, millions: int = 200) -> ConfigDict:
-    """EDM's training on so many million images (Karras et al. 2022, Table 7), but for its augmentation.
+def edm(
+    dataset: str, image_size: int, *, batch_size: int, lr: float, augment: float, millions: int = 200
+) -> ConfigDict:
+    """EDM's training on so many million images (Karras et al. 2022, Table 7).
 
     The average forgets half in half a million images (50 of ImageNet's 2500), the rate of learning rises over ten.
     """
@@ -196,6 +199,8 @@ def edm(dataset: str, image_size: int, *, batch_size: int, lr: float, millions: 
     config.training.n_iters = round(millions * 1e6 / batch_size)
     config.training.times = "lam_normal"
     config.training.weight = "network"
+    config.training.augment = augment
+    config.data.random_flip = not augment  # which has flips of its own
     config.training.ema_rate = 0.5 ** (batch_size / (50e6 if millions > 1000 else 0.5e6))
     config.optim.lr = lr
     config.optim.warmup = round(10e6 / batch_size)

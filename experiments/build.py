@@ -1,5 +1,6 @@
 """A config becomes objects; a mistake in it is named here, before any work."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import check_values, flat, shown
 from score_sde import denoiser, losses, models, sources, space, training
+from score_sde.augmentation import NUM_LABELS, augment
 from score_sde.data import Images
 from score_sde.denoiser import Diffusion, NoiseFn
 from score_sde.errors import UserError, one_line
@@ -29,11 +31,16 @@ def diffusion_of(config: ConfigDict) -> Diffusion:
     hidden, num_classes = config.training.label_dropout, config.model.get("num_classes", 0)
     if hidden and not num_classes:
         raise UserError(f"training.label_dropout is {hidden}: expected 0 unless model.num_classes is set")
+    if config.training.augment and config.model.get("augment_dim", 0) != NUM_LABELS:
+        raise UserError(
+            f"training.augment is {config.training.augment}: expected 0 unless the network is told of it, "
+            f"model.augment_dim = {NUM_LABELS}"
+        )
     network, pixels = network_of(config), space_of(config)
 
-    def noise_of(params, y=None, dropout_keys=None) -> NoiseFn:
+    def noise_of(params, y=None, dropout_keys=None, **labels) -> NoiseFn:
         y = y if num_classes else None
-        apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys)
+        apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys, **labels)
         return denoiser.noise_fn(apply, sde, data_range=(pixels.low, pixels.high), **config.denoiser)
 
     init = _valid_init(config, network, pixels.shape)
@@ -123,6 +130,7 @@ def loss_of(config: ConfigDict, trained: Diffusion | Classifier) -> Callable:
         reduce_mean=fields.reduce_mean,
         label_dropout=fields.label_dropout,
         null=trained.null,
+        augment=functools.partial(augment, probability=fields.augment) if fields.augment else None,
     )
 
 

@@ -47,7 +47,7 @@ RULES = (
         ),
     ),
     ("in [0, 1)", lambda value: 0 <= value < 1, ("optim.beta1", "training.label_dropout", "model.dropout")),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, ("training.ema_rate",)),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ("training.ema_rate", "training.augment")),
     (
         "one or more whole numbers of at least 1",
         lambda values: len(values) > 0 and all(isinstance(value, int) and value >= 1 for value in values),

@@ -95,6 +95,7 @@ def make_loss(
     reduce_mean: bool,
     label_dropout: float = 0.0,
     null=None,
+    augment: Callable | None = None,
 ) -> Callable:
     """(params, batch, key, train) -> loss of each example (B,).
 
@@ -104,6 +105,7 @@ def make_loss(
     times: key -> t, the time of one example (`losses.TIMES`); weight: t (B,) -> (B,) (`losses.WEIGHTS`).
     reduce_mean: see `losses.denoising_score_matching`.
     label_dropout: probability that training hides an example's condition, by `null`.
+    augment: (key, x_0) -> (x_0, labels of what was done), in training; `noise_of` then takes `augment`, the labels.
     """
 
     def loss(params, batch, key, train: bool):
@@ -112,7 +114,11 @@ def make_loss(
         y = batch.get("label")
         if train and label_dropout:
             y = hide_conditions(draws.dropout, y, rate=label_dropout, null=null)
-        noise = noise_of(params, y, draws.dropout if train else None)
+        labels = {}
+        if train and augment is not None:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(draws.data)
+            x0, labels["augment"] = jax.vmap(augment)(keys, x0)
+        noise = noise_of(params, y, draws.dropout if train else None, **labels)
         return losses.denoising_score_matching(
             noise, sde, x0, draws.t, draws.z, weight=weight(draws.t), reduce_mean=reduce_mean
         )

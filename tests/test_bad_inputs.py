@@ -306,6 +306,9 @@ BAD = {
     ),
     "average above 1": (TRAIN + "--config.training.ema_rate=1.5", "ema_rate", "1.5"),
     "hidden labels of no classes": (TRAIN + "--config.training.label_dropout=0.1", "label_dropout", "num_classes"),
+    "augmentation that the network is not told of": (
+        TRAIN + "--config.training.augment=0.1", "training.augment", "0.1", "model.augment_dim = 9",
+    ),
     "all labels hidden": (
         "train --config=by_class.py --workdir=runs/new --config.training.label_dropout=1.0", "label_dropout", "[0, 1)",
     ),

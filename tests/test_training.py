@@ -105,6 +105,28 @@ def test_cooldown_shortens_the_last_steps():
             np.testing.assert_allclose(state.params[name] - before.params[name], share * move, rtol=1e-4)
 
 
+def test_the_network_is_told_of_augmentation_in_training_alone():
+    """A negative whose label says so: the loss of the network that undoes it is that of the plain images."""
+    batch = jax.tree.map(lambda values: values[0], toy_batches(1, 8))
+
+    def loss(augment, undo):
+        def noise_of(params, y, keys, augment=None):
+            return lambda x, t: undo(x, augment)
+
+        return training.make_loss(
+            noise_of, sde_lib.VP(), lambda key, image: image.astype(jnp.float32) / 127.5 - 1.0,
+            times=lambda key: jnp.float32(1e-3), weight=jnp.ones_like, reduce_mean=True, augment=augment,
+        )  # fmt: skip
+
+    negative = lambda key, x0: (-x0, jnp.ones((1,)))
+    signs = lambda x, labels: x if labels is None else x * (1 - 2 * labels[:, :, None, None])
+    of = lambda *how, train=True: loss(*how)({}, batch, jax.random.key(0), train)
+    np.testing.assert_allclose(of(negative, lambda x, labels: 0 * signs(x, labels)), of(None, lambda x, labels: 0 * x))
+    told = np.asarray(of(negative, signs))
+    assert np.abs(told - of(None, signs)).max() < 0.2 * np.abs(told - of(negative, lambda x, labels: x)).max()
+    np.testing.assert_array_equal(of(negative, signs, train=False), of(None, signs, train=False))
+
+
 def test_power_averages_of_the_steps():
     """Two steps: the first parameters count (1 / 2)^(gamma + 1), and of the first step nothing but its result."""
     optimizer, gammas = optax.adam(0.1), (1.0, 3.0)

@@ -10,6 +10,6 @@ from configs import base, models
 
 
 def get_config():
-    config = base.edm("afhqv2", 64, batch_size=256, lr=2e-4)
+    config = base.edm("afhqv2", 64, batch_size=256, lr=2e-4, augment=0.15)
     config.model = models.edm_ddpmpp(ch_mult=(1, 2, 2, 2), dropout=0.25)
     return config

@@ -11,6 +11,6 @@ from configs import base, models
 
 
 def get_config():
-    config = base.edm("cifar10", 32, batch_size=512, lr=1e-3)
+    config = base.edm("cifar10", 32, batch_size=512, lr=1e-3, augment=0.12)
     config.model = models.edm_ddpmpp()
     return config

@@ -10,6 +10,6 @@ from configs import base, models
 
 
 def get_config():
-    config = base.edm("imagenet", 64, batch_size=4096, lr=1e-4, millions=2500)
+    config = base.edm("imagenet", 64, batch_size=4096, lr=1e-4, augment=0.0, millions=2500)
     config.model = models.adm_64(groups=0, learn_sigma=False)
     return config
