@@ -32,7 +32,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Step of the checkpoint, or all; the last if absent.")
 METRICS = flags.DEFINE_list("metrics", ["loss", "convergence", "samples"], "What to evaluate.")
 EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise.")
+SEED = program.seed_flag("Seed of all noise.")
 
 CONFIG = program.config_flag()
 STATISTICS = flags.DEFINE_bool("statistics", False, "Measure the features of a config's training images, and no more.")

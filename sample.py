@@ -41,7 +41,7 @@ TABLEAU = flags.DEFINE_string("tableau", None, "File of python -m tools.search: 
 EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many; the config's if absent.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "At a time; the config's if absent.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+SEED = program.seed_flag("Seed of the noise.")
 LABEL = flags.DEFINE_integer("label", None, "Class of all samples; all classes by turns if absent.", lower_bound=0)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance; 1 is the conditional model.")
 GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,high outside which there is no guidance.")
@@ -119,9 +119,10 @@ def main():
     )
     if method.steps is None:
         print(f"{max(samples.evaluations)} evaluations at most")
-    print(f"wrote {folder}/samples.npz, grid.png and run.json")
+    print(f"wrote {samples.folder}/samples.npz, grid.png and run.json")
     if samples.failure is not None:
-        raise UserError(f"{samples.failure}; the {len(samples.images)} samples finished before it are in {folder}")
+        finished = f"the {len(samples.images)} samples finished before it are in {samples.folder}"
+        raise UserError(f"{samples.failure}; {finished}")
 
 
 def check_task(task: str | None, solver: str, **given: str | None):

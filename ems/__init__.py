@@ -13,6 +13,7 @@ import numpy as np
 
 from ems import estimate, statistics
 from ems.statistics import EMS
+from score_sde import seeds
 from score_sde.denoiser import NoiseFn
 from score_sde.errors import UserError
 from score_sde.sde import SDE
@@ -42,7 +43,7 @@ def measure(
     num_data = len(x0) // batch_size * batch_size
     if x0.ndim != 4 or not num_data:
         raise UserError(f"images are {x0.shape}: expected (K, H, W, C) with K at least the batch size, {batch_size}")
-    key = jax.random.key(seed)
+    key = seeds.key(seed)
 
     @jax.jit
     def on_device(node, node_index, index, x0):

@@ -31,7 +31,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; the con
 DATA = flags.DEFINE_string("data", None, "samples, or an .npz of latents; the training images if absent.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Measure the model guided with this scale.")
 T_END = flags.DEFINE_float("t_end", None, "Where the nodes end; the config's, else the SDE's t_min if absent.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and probes.")
+SEED = program.seed_flag("Seed of noise and probes.")
 
 
 def main(arguments):

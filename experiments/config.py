@@ -28,6 +28,7 @@ RULES = (
             *("model.num_outputs", "model.patch_size", "model.num_scales", "model.channel_mult_emb"),
         ),
     ),
+    ("a whole number from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64, ("seed",)),
     ("at least 2", lambda value: value >= 2, ("ems.nodes", "eval.fine_steps")),
     (
         "at least 0",

@@ -210,7 +210,8 @@ def ode(model: runs.Model, options: dict | None = None, *, seed: int = 0, pairs:
         report(1)
         return x, calls + int(run.evaluations[0])
 
-    return Method(draw, "ode", None, "adaptive", options)
+    identity = () if test is None else (measuring.hashed(test.take(np.arange(min(64, test.size)))["image"]),)
+    return Method(draw, "ode", None, "adaptive", options, identity)
 
 
 def refuse_not_finite(x, index, where: str, t: float):
@@ -233,6 +234,7 @@ class Samples(NamedTuple):
     evaluations: list[int]  # of each batch
     seconds: list[float]  # of each batch
     failure: UserError | None = None  # what ended the drawing early
+    folder: pathlib.Path | None = None  # where they were written
 
 
 def sample(
@@ -318,11 +320,15 @@ def draw_and_write(
 ) -> Samples:
     """Write n samples to a folder: samples.npz (uint8 NHWC, key `samples`), grid.png, run.json.
 
+    Samples of another call that are there stay; these then go to a folder beside it, named by a hash of all that they
+    depend on.
     bending: what bends the model, by the names of its flags, for run.json; identities: of what takes part besides the
     model, which tell whether batches left behind are those of this call; columns: of the grid.
     """
-    how = (method.identity, method.solver, method.steps, method.options, bending, seed, batch_size)
-    unfinished = folder / f"unfinished-{features.fingerprint(model.identity, *identities, *how)}"
+    how = (method.identity, method.solver, method.steps, method.options, bending, seed)
+    identity = features.fingerprint(model.identity, *identities, *how, n)
+    folder = folder_of_its_own(folder, identity)
+    unfinished = folder / f"unfinished-{features.fingerprint(model.identity, *identities, *how, batch_size)}"
     samples = draw(model, method, n, batch_size=batch_size, unfinished=unfinished)
     if known is not None:
         samples = samples._replace(images=known.put_back(samples.images))
@@ -334,6 +340,7 @@ def draw_and_write(
         options=method.options,
         **bending,
         seed=seed,
+        identity=identity,
         num_samples=len(samples.images),
         batch_size=batch_size,
         seconds_per_batch=float(np.median(samples.seconds)),
@@ -351,4 +358,16 @@ def draw_and_write(
     files.write(folder / "run.json", json.dumps(record, indent=2) + "\n")
     if parallel.writes():
         shutil.rmtree(unfinished, ignore_errors=True)
-    return samples
+    return samples._replace(folder=folder)
+
+
+def folder_of_its_own(folder: pathlib.Path, identity: str) -> pathlib.Path:
+    """The folder, or one beside it if it holds samples of another identity."""
+    record = folder / "run.json"
+    if not record.exists():
+        return folder
+    try:
+        there = json.loads(record.read_text()).get("identity")
+    except (OSError, ValueError, AttributeError):
+        there = None
+    return folder if there == identity else folder.with_name(f"{folder.name}-{identity}")

@@ -13,9 +13,10 @@ import numpy as np
 from ems import statistics
 from experiments import build, events, figures, measuring, program, quality, runs, samplers
 from experiments import report as reports
-from score_sde import VERSION, files, parallel
+from score_sde import VERSION, files, parallel, seeds
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
+from score_sde.metrics import features
 from score_sde.metrics.features import FeatureNetwork
 from solvers import probability_flow
 from solvers.dpm_solver import dpm_solver_pp
@@ -69,6 +70,13 @@ class Options(NamedTuple):
         bending = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, classifier=workdir)
         return {name: value for name, value in bending.items() if value is not None}
 
+    def picture(self, folder, metric: str) -> dict:
+        """`picture`, its file in the report's folder, and `asked`, a hash that tells whether that is taken."""
+        asked = features.fingerprint(self.seed, self.ems, self.solvers, self.steps, self.bending())
+        earlier = (reports.read(folder) or {}).get(metric)
+        own = earlier is None or earlier.get("asked", asked) == asked
+        return dict(picture=f"{metric}.png" if own else f"{metric}-{asked}.png", asked=asked)
+
 
 def evaluate(model: runs.Model, metrics: list[str], options: Options, name: str = ".") -> dict:
     """Measure, print, and write what is measured to the report in eval/<name>/, which is returned."""
@@ -79,7 +87,8 @@ def evaluate(model: runs.Model, metrics: list[str], options: Options, name: str 
         began = time.perf_counter()
         for result in METRICS[metric](model, folder, options):
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            result |= dict(seed=options.seed, seconds=seconds, command=" ".join(sys.argv), versions=versions)
+            about = dict(seed=options.seed, dataset=model.config.data.dataset, ems_file=options.ems)
+            result |= about | dict(seconds=seconds, command=" ".join(sys.argv), versions=versions)
             report = reports.add(report, metric, result)
             print("\n".join(["", *reports.lines(metric, result)]))
             write(folder, report)
@@ -97,6 +106,12 @@ def earlier(model, folder) -> dict:
         return report | dict(model=about)
     if report is not None and parallel.writes():
         aside = folder / f"step{report['model']['step']}"
+        before = reports.read(aside)
+        if before is not None and before["model"]["identity"] != report["model"]["identity"]:
+            aside = folder / f"{aside.name}-{report['model']['identity']}"
+            before = reports.read(aside)
+        if before is not None:  # of the same parameters, put aside earlier
+            write(folder, reports.joined(before, {name: report[name] for name in report if name != "model"}))
         aside.mkdir(exist_ok=True)
         for path in [*folder.glob("report.*"), *folder.glob("*.png")]:
             path.replace(aside / path.name)
@@ -145,7 +160,7 @@ def held_out_loss(model: runs.Model, folder, options: Options) -> Iterator[dict]
     """The training loss on test images with the averaged parameters: mean and standard error over images."""
     fields, images = model.config.eval, build.images_of(model.config, "test")
     parallel.batch_per_device(min(fields.batch_size, images.size // jax.device_count() * jax.device_count()))
-    loss, key = build.loss_of(model.config, model.diffusion), jax.random.key(options.seed)
+    loss, key = build.loss_of(model.config, model.diffusion), seeds.key(options.seed)
     on_devices = parallel.pmap(lambda params, batch: loss(params, batch, key, False))
     params, values = parallel.replicate(model.params), []
     n = min(fields.num_data, images.size)
@@ -179,9 +194,10 @@ def convergence(model: runs.Model, folder, options: Options) -> Iterator[dict]:
             distances[name].append(samplers.rms(solve(table[0]) - fine))
     # halving the step of a second-order solver quarters its error
     uncertainty = samplers.rms(fine - coarser) / 3
-    figures.save_convergence(folder / "convergence.png", steps, distances, f"{model.name}, {n} noises")
+    about = options.picture(folder, "convergence")
+    figures.save_convergence(folder / about["picture"], steps, distances, f"{model.name}, {n} noises")
     result = dict(steps=steps, rms=distances, fine_steps=fields.fine_steps, fine_uncertainty=uncertainty, noises=n)
-    yield result | dict(ems=ems.origin) | bending
+    yield result | dict(ems=ems.origin) | about | bending
 
 
 def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
@@ -190,9 +206,10 @@ def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     solver, steps = options.ways(model)[0]
     sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
     way = quality.drawer(sampled, sample, solver, steps, options.ems_for(solver, model), options.guidance.scale)
-    figures.save_grid(folder / "samples.png", way.images_of(0, way.batch_size)[:256])
+    picture = options.picture(folder, "samples")
+    figures.save_grid(folder / picture["picture"], way.images_of(0, way.batch_size)[:256])
     about = dict(solver=solver, steps=steps, options=way.options, num_samples=min(way.batch_size, 256))
-    yield about | options.bending()
+    yield about | picture | options.bending()
 
 
 def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict]:
@@ -215,6 +232,7 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
             guidance_scale=options.guidance.scale,
             reference_path=options.reference,
             bending=options.bending(),
+            identities=() if options.classifier is None else (options.classifier.identity,),
         )
 
 
@@ -320,6 +338,24 @@ def images_and_data(
     if samples is not None:
         result = quality.of_images(config, network, samples, reference)
         print("\n".join(["", *reports.quality_lines(result)]))
-        path = runs.RUNS / "evaluated" / f"{pathlib.Path(samples).stem}-{network.distance}.json"
-        files.write(path, json.dumps(result | dict(samples=samples, command=" ".join(sys.argv)), indent=2) + "\n")
+        result |= dict(samples=str(pathlib.Path(samples).resolve()), dataset=config.data.dataset)
+        path = path_of(result, f"{pathlib.Path(samples).stem}-{network.distance}")
+        files.write(path, json.dumps(result | dict(command=" ".join(sys.argv)), indent=2) + "\n")
         print(f"\nwrote {path}")
+
+
+# What tells one result of anyone's images from another.
+RESULT = ("samples", "first_images", "num_samples", "dataset", "reference", "weights_sha256", "preprocessing")
+
+
+def path_of(result: dict, name: str) -> pathlib.Path:
+    """Where a result of anyone's images belongs: beside one of other images or another reference, which is kept."""
+    path = runs.RUNS / "evaluated" / f"{name}.json"
+    try:
+        there = json.loads(path.read_text())
+        own = all(there.get(key) == result[key] for key in RESULT)
+    except FileNotFoundError:
+        own = True
+    except (OSError, ValueError, AttributeError):
+        own = False
+    return path if own else path.with_name(f"{name}-{features.fingerprint(*(result[key] for key in RESULT))}.json")

@@ -3,6 +3,8 @@
 What `python -m ems` does, and what the samplers ask of a run folder. The mathematics is in ems/.
 """
 
+import hashlib
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,10 +16,11 @@ import numpy as np
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
 from experiments import build, figures, program, runs, samplers
-from score_sde import VERSION, data, files, parallel
+from score_sde import VERSION, data, files, parallel, seeds
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance, guide
+from score_sde.metrics import features
 from solvers.dpm_solver import dpm_solver_pp
 
 NONE = Guidance()
@@ -33,9 +36,29 @@ def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
         "_guidance": origin["guidance_scale"],
         "_seed": origin["seed"] or None,
     }
-    name += "".join(f"{key}{value:g}" for key, value in apart.items() if value is not None)
+    name += "".join(f"{key}{told(value)}" for key, value in apart.items() if value is not None)
     name += "" if origin["data"] == model.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
-    return model.results / "ems" / f"{name.replace(' ', '_')}.npz"
+    return of_its_own(model.results / "ems" / f"{name.replace(' ', '_')}.npz", origin)
+
+
+def told(number: float) -> str:
+    """A number in a file's name, with all its digits."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+
+
+# What tells one measurement from another; `first_images`, a hash of the first of them, is not in files of before.
+ORIGIN = ("checkpoint", "sde", "t_end", "data", "first_images", "images", "nodes", "seed", "guidance_scale")
+
+
+def of_its_own(path: pathlib.Path, origin: dict) -> pathlib.Path:
+    """The path, or one beside it if statistics of another origin are there, which are kept."""
+    if not path.exists():
+        return path
+    there, ours = statistics.load_origin(path), json.loads(json.dumps(origin))
+    if all(there[key] == ours[key] for key in ORIGIN if key in there and key in ours):
+        return path
+    apart = features.fingerprint(*(ours.get(key) for key in ORIGIN))
+    return path.with_name(f"{path.stem}_{apart}{path.suffix}")
 
 
 def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
@@ -92,6 +115,7 @@ class Source(NamedTuple):
     name: str
     size: float  # number of images
     take: Callable  # indices (b,) -> x0 (b, H, W, C), and its condition: a tree of (b, ...), or None
+    first: str  # a hash of the first of them, which tells data sets of one name apart
 
 
 def training_images(model: runs.Model) -> Source:
@@ -108,7 +132,14 @@ def training_images(model: runs.Model) -> Source:
         x0 = np.asarray(encode(samplers.sample_keys(0, index), batch["image"]))
         return x0, batch["label"] if model.diffusion.num_classes else None
 
-    return Source(model.config.data.dataset, images.size, take)
+    first = hashed(images.take(np.arange(min(64, images.size)))["image"])
+    return Source(model.config.data.dataset, images.size, take, first)
+
+
+def hashed(*arrays: np.ndarray) -> str:
+    """A short hash of arrays."""
+    hashes = (hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays)
+    return features.fingerprint(*hashes)
 
 
 def latents(diffusion: Diffusion, path: str) -> Source:
@@ -123,7 +154,7 @@ def latents(diffusion: Diffusion, path: str) -> Source:
     if x0.shape[1:] != shape or x0.dtype.kind != "f" or not np.isfinite(x0).all():
         raise UserError(f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{shape}), NHWC")
     x0, y = x0.astype(np.float32), np.asarray(arrays["labels"], np.int32) if diffusion.num_classes else None
-    return Source(path, len(x0), lambda index: (x0[index], None if y is None else y[index]))
+    return Source(path, len(x0), lambda index: (x0[index], None if y is None else y[index]), hashed(x0))
 
 
 def own_samples(diffusion: Diffusion, params, seed: int) -> Source:
@@ -131,7 +162,7 @@ def own_samples(diffusion: Diffusion, params, seed: int) -> Source:
     table = dpm_solver_pp(diffusion.sde, OWN_STEPS, order=2)
     sample = samplers.sampler(diffusion, params, seed, purpose=2)
     condition = lambda index: jax.tree.map(np.asarray, diffusion.conditions(index))
-    return Source(OWN_SAMPLES, np.inf, lambda index: (sample(table, index), condition(index)))
+    return Source(OWN_SAMPLES, np.inf, lambda index: (sample(table, index), condition(index)), OWN_SAMPLES)
 
 
 def measure(
@@ -178,6 +209,7 @@ def measure(
         sde=statistics.describe_sde(sde),
         t_end=t_end,
         data=images.name,
+        first_images=images.first,
         latent=source not in (None, "samples"),
         num_data=used,
         images=[[first_image, first_image + used]],
@@ -188,7 +220,7 @@ def measure(
         score_sde=VERSION,
     )
     path = path_of(model, origin)
-    if path.exists() and statistics.load_origin(path)["checkpoint"] == model.identity:
+    if path.exists():
         print(f"EMS: already measured, {path}")
         return path
     evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), shape) / 1e6
@@ -217,7 +249,7 @@ def measure(
             shape,
             batch_size=batch_size,
             partial=path.with_suffix(".partial.npz"),
-            identity=f"{model.identity} {origin['sde']} {images.name} {guidance_scale} seed {seed}",
+            identity=f"{model.identity} {origin['sde']} {images.name} {images.first} {guidance_scale} seed {seed}",
             progress=progress,
         )
     write(model._replace(diffusion=diffusion), path, moments.Saved(node.t, node.lam, blocks, origin))
@@ -226,7 +258,7 @@ def measure(
 
 def on_devices(diffusion: Diffusion, params, seed: int) -> Callable:
     """What `estimate.accumulate` calls: moments of images at some nodes, on all devices, for each of them."""
-    key, params = jax.random.key(seed), parallel.replicate(params)
+    key, params = seeds.key(seed), parallel.replicate(params)
     mapped = parallel.pmap(
         lambda params, node, node_index, index, x0, y: estimate.measure(
             lambda x, t, y: diffusion.noise_of(params, y)(x, t), node, node_index, key, x0, index, y
@@ -340,8 +372,9 @@ def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.P
     )
     shape = model.diffusion.space.shape
     ems = statistics.load_published(folder, model.diffusion.sde, shape, t_end=t_end, origin=origin)
-    ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1))
-    path = model.results / "ems" / f"step{model.step}_nodes{len(ems.t) - 1}_published_end{t_end:g}.npz"
+    ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1, first_images=hashed(ems.l, ems.s, ems.b)))
+    name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{told(t_end)}.npz"
+    path = of_its_own(model.results / "ems" / name, ems.origin)
     statistics.save(path, ems)
     print(f"EMS: wrote {path}; whether they belong to {model.name}, and end at t={t_end:g}, their files do not tell")
     return path

@@ -14,7 +14,7 @@ from ml_collections.config_flags import config_flags
 from tqdm import tqdm
 
 from experiments.config import check_fields
-from score_sde import parallel
+from score_sde import parallel, seeds
 from score_sde.errors import UserError
 
 CACHE = str(pathlib.Path.home() / ".cache" / "score_sde")
@@ -93,6 +93,11 @@ def _parse(argv):
 def progress(*iterable, **options) -> tqdm:
     """A progress bar, shown by the process that talks."""
     return tqdm(*iterable, dynamic_ncols=True, disable=not parallel.writes(), **options)
+
+
+def seed_flag(what: str):
+    """Define --seed, a whole number of 64 bits; what: its help."""
+    return flags.DEFINE_integer("seed", 0, what, lower_bound=0, upper_bound=seeds.LARGEST)
 
 
 def dataset_at() -> str | None:

@@ -92,15 +92,17 @@ def of_samples(
     guidance_scale: float | None = None,
     reference_path: str | None = None,
     bending: dict | None = None,
+    identities: tuple[str, ...] = (),
 ) -> dict:
     """Distances of the model's first n samples to the training images; finished batches stay in eval/.
 
-    model: guided or not; sample: `samplers.sampler` of it and this seed; bending: what guides it, for the record.
+    model: guided or not; sample: `samplers.sampler` of it and this seed; bending: what guides it, for the record;
+    identities: of what takes part besides the model.
     """
     way = drawer(model, sample, solver, steps, ems, guidance_scale)
     bending = bending or {}
     arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(way.table)]
-    apart = [bending] if bending else []
+    apart = [bending, *identities] if bending else []
     identity = features.fingerprint(model.identity, solver, arrays, seed, network.identity(), *apart)
     found = features.measure(
         network,
@@ -113,14 +115,16 @@ def of_samples(
     result = compared(model.config, network, found, reference_path) | bending
     title = f"{n} samples by {solver}, {steps} evaluations, seed {seed}"
     title += "".join(f", {name} {value}" for name, value in bending.items())
-    return result | dict(title=title, solver=solver, steps=steps, options=way.options)
+    return result | dict(title=title, solver=solver, steps=steps, options=way.options, samples=identity)
 
 
 def of_images(config, network, path: str, reference_path: str | None = None) -> dict:
     """Distances of the images of a folder or an .npz to the training images."""
     images = given_images(config, pathlib.Path(path))
     found = measured_images(network, images, images.size)
-    return compared(config, network, found, reference_path) | dict(title=f"{images.size} images of {path}")
+    first = np.ascontiguousarray(images.take(np.arange(min(64, images.size)))["image"])
+    about = dict(title=f"{images.size} images of {path}", first_images=hashlib.sha256(first.tobytes()).hexdigest())
+    return compared(config, network, found, reference_path) | about
 
 
 def given_images(config, path: pathlib.Path) -> data.Images:

@@ -13,7 +13,9 @@ from score_sde.errors import UserError, one_line
 BENDING = ("guidance", "interval", "threshold", "label", "classifier")  # what a result may tell of what bends a model
 # What tells two results of "fid" apart; a result that agrees in all takes the place of the earlier one.
 ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
-ROW += BENDING
+ROW += (*BENDING, "samples")
+# What tells two results of another metric apart; an earlier one that differs in any is kept among "others".
+APART = ("seed", "dataset", "ems_file", "solver", "steps", "options", *BENDING)
 
 
 def read(folder: pathlib.Path) -> dict | None:
@@ -32,18 +34,23 @@ def read(folder: pathlib.Path) -> dict | None:
 
 def add(report: dict, metric: str, result: dict) -> dict:
     """A report with a result in the place of the metric's earlier one; of "fid", of that made in the same way."""
-    result = json.loads(json.dumps(result))
+    result = {key: value for key, value in json.loads(json.dumps(result)).items() if key != "metric"}
     if metric == "fid":
         others = [row for row in report.get("fid", []) if any(row.get(key) != result.get(key) for key in ROW)]
         return report | {"fid": [*others, result]}
-    return report | {metric: result}
+    earlier, others = report.get(metric), report.get("others", [])
+    same = lambda one, two: all(one.get(key) == two.get(key) for key in APART if key in one or key in two)
+    if isinstance(earlier, dict) and "seed" in earlier and not same(earlier, result):
+        others = [*others, earlier | dict(metric=metric)]
+    others = [row for row in others if row["metric"] != metric or not same(row, result)]
+    return report | {metric: result} | ({"others": others} if others or "others" in report else {})
 
 
 def joined(report: dict, later: dict) -> dict:
     """A report with the results of a later one added."""
-    for metric, found in later.items():
-        for result in found if metric == "fid" else [found]:
-            report = add(report, metric, result)
+    for metric, found in sorted(later.items(), key=lambda item: item[0] != "others"):
+        for result in found if metric in ("fid", "others") else [found]:
+            report = add(report, result.get("metric", metric), result)
     return report
 
 
@@ -66,7 +73,7 @@ def samples_lines(result) -> list[str]:
     return [
         f"{n} samples by {way(result)}, {steps} evaluations, seed {seed}",
         "",
-        "![samples](samples.png)",
+        f"![samples]({result.get('picture', 'samples.png')})",
     ]
 
 
@@ -117,7 +124,7 @@ def convergence_lines(result) -> list[str]:
             [[name, *(f"{value:.4f}" for value in values)] for name, values in result["rms"].items()],
         ),
         "",
-        "![convergence](convergence.png)",
+        f"![convergence]({result.get('picture', 'convergence.png')})",
     ]
 
 
@@ -257,6 +264,10 @@ def render(report: dict) -> str:
     for name, (heading, section) in SECTIONS.items():
         if name in report:
             lines += [f"## {heading}", "", *section(report[name]), ""]
+    if others := report.get("others"):
+        lines += ["## Earlier, with other options", ""]
+        for row in others:
+            lines += [*SECTIONS[row["metric"]][1](row), ""]
     made = [
         (name, result)
         for name in SECTIONS

@@ -13,7 +13,7 @@ import numpy as np
 from ems.statistics import EMS
 from experiments.config import fits
 from experiments.runs import Model
-from score_sde import parallel
+from score_sde import parallel, seeds
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
@@ -30,7 +30,7 @@ LARGE = 2**16  # numbers of a coefficient per pixel, above which a table keeps i
 
 def sample_keys(seed: int, index, purpose: int | None = None):
     """The key of each sample (B,): a function of the seed and the sample's index, and of what else it is drawn for."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+    keys = jax.vmap(lambda i: jax.random.fold_in(seeds.key(seed), i))(index)
     return keys if purpose is None else jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
 
 

@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments import build, events, figures, program, runs
-from score_sde import checkpoint, data, files, parallel, power_ema, training
+from score_sde import checkpoint, data, files, parallel, power_ema, seeds, training
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Classifier
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     )
     held_out_loss = parallel.pmap(
         lambda ema, batch, step: parallel.mean(
-            loss(ema, batch, jax.random.fold_in(jax.random.key(config.seed + 1), step), False).mean()
+            loss(ema, batch, jax.random.fold_in(seeds.key(config.seed + 1), step), False).mean()
         ),
         in_axes=(0, 0, None),
     )
@@ -148,7 +148,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
 def starting_params(config, model, workdir):
     """Drawn from the seed; of a new run with training.init the averaged ones of that model, and its history."""
     folder = config.training.init
-    drawn = model.init(jax.random.key(config.seed))
+    drawn = model.init(seeds.key(config.seed))
     if folder is None or checkpoint.Checkpoints(workdir).steps():
         return drawn, None
     begun = runs.open_classifier(folder) if build.is_classifier(config) else runs.open_model(folder)

@@ -2,35 +2,44 @@
 
 A PyTorch file is a zip archive (before PyTorch 1.6 a plain sequence) of raw arrays and of a pickle, a program that
 builds the objects around them. Python's own unpickler calls whatever functions the program names; the interpreter here
-calls none. It knows the two that checkpoints need, as data, and fails at the first other one. The archive's members may
-not be compressed, and no array is larger than the bytes that the file holds for it, so memory is in proportion to the
-file's size.
+calls none. It knows those that build tensors and dictionaries, as data; of every other object it keeps the name and the
+attributes. The archive's members may not be compressed, and arrays are views of the bytes that the file holds, so
+memory is in proportion to the file's size.
 
-EDM's file is one pickle of the network itself, with the text of its program. The same interpreter reads it; of objects
-it takes the attributes, and the text stays text.
+EDM's file is one pickle of the network itself, with the text of its program. The same interpreter reads it, and the
+text stays text.
 
-A JAX file is msgpack and a .safetensors file is JSON and arrays, which have no programs; limits are set here, and by
-the library, for the same reason.
+A JAX file is msgpack or a folder of Orbax, a .safetensors file is JSON and arrays, and an .npz is arrays: these have no
+programs; limits are set here, and by the libraries, for the same reason.
+
+Whatever the format, entries are told apart by the words on their way: averages, what belongs to the optimizer, and the
+parameters. Which of a file's networks is meant, and what wraps its names, models.names.unwrapped tells.
 """
 
+import functools
 import io
 import math
 import mmap
 import os
 import pathlib
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import msgpack
 import numpy as np
+import orbax.checkpoint as ocp
 import safetensors
 from flax import traverse_util
 from jax import numpy as jnp
 
+from score_sde import files
 from score_sde.errors import UserError
+from score_sde.models.names import bare
 
 
 class Foreign(NamedTuple):
@@ -41,6 +50,7 @@ class Foreign(NamedTuple):
     model, ema: the parameters and their moving average, by PyTorch name or as a Flax tree; None: not in the file
     step: of training; None: not in the file
     arguments: what the network of an EDM file was made with, without defaults, and its `class_name`; None: not told
+    skipped: classes and functions of objects beside the parameters, which were neither imported nor called
     """
 
     kind: str
@@ -48,19 +58,23 @@ class Foreign(NamedTuple):
     ema: dict | None
     step: int | None
     arguments: dict | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | os.PathLike) -> Foreign:
-    """The contents of a .pth, .pt, .pkl (EDM) or .safetensors file, or a `checkpoint_<n>` of JAX, told by content.
+    """The contents of a .pth, .pt, .ckpt, .pkl (EDM), .safetensors or .npz file, or of JAX's, told by content.
 
-    Bare parameters, without the rest of a training state, are read as well, as the model.
+    JAX's are a `checkpoint_<n>` of msgpack and a folder of Orbax. Bare parameters, without the rest of a training
+    state, are read as well, as the model.
     """
     path = pathlib.Path(path)
     try:
+        if path.is_dir():
+            return _orbax(path)
         with path.open("rb") as file:
             start = file.read(9)
         if start.startswith(b"PK"):
-            return _torch_checkpoint(path)
+            return _npz(path) if _is_npz(path) else _torch_checkpoint(path)
         if start[:2] == _SEQUENCE_START[:2]:
             return _torch_sequence(path)
         if start[:2] in (b"\x80\x03", b"\x80\x04", b"\x80\x05"):
@@ -74,8 +88,8 @@ def read_checkpoint(path: str | os.PathLike) -> Foreign:
     except _Malformed as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from None
     raise UserError(
-        f"{path} is neither a PyTorch checkpoint (a zip archive), nor EDM's (a pickle), nor .safetensors, nor a Flax "
-        "checkpoint (a msgpack map)"
+        f"{path} is neither a PyTorch checkpoint (a zip archive), nor EDM's (a pickle), nor .safetensors, nor .npz, "
+        "nor a Flax checkpoint (a msgpack map or a folder of Orbax)"
     )
 
 
@@ -107,29 +121,35 @@ class _Tensor(NamedTuple):
 
 
 class _Object(NamedTuple):
-    """An object of EDM's file: the name of its class, which is never imported, and its attributes."""
+    """An object: the name of its class or of what makes it, neither of which is imported, and its attributes."""
 
     class_name: str
     attributes: dict
 
 
-_ORDERED_DICT = _Global("collections", "OrderedDict")
-_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
-_DTYPES = {
-    _Global("torch", f"{name}Storage"): np.dtype(code)
-    for name, code in (
-        ("Half", "<f2"),
-        ("Float", "<f4"),
-        ("Double", "<f8"),
-        ("Char", "<i1"),
-        ("Byte", "<u1"),
-        ("Short", "<i2"),
-        ("Int", "<i4"),
-        ("Long", "<i8"),
-        ("Bool", "?"),
-        ("BFloat16", jnp.bfloat16),
-    )
+_TYPES = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+    "bool": np.dtype("?"),
+    **{f"int{8 * n}": np.dtype(f"<i{n}") for n in (1, 2, 4, 8)},
+    **{f"uint{8 * n}": np.dtype(f"<u{n}") for n in (1, 2, 4, 8)},
+    **{name: np.dtype(getattr(jnp, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")},
 }
+_STORAGES = {  # PyTorch's words for them
+    "Half": "float16",
+    "Float": "float32",
+    "Double": "float64",
+    "BFloat16": "bfloat16",
+    "Bool": "bool",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Short": "int16",
+    "Int": "int32",
+    "Long": "int64",
+}
+_DTYPES = {_Global("torch", f"{word}Storage"): _TYPES[name] for word, name in _STORAGES.items()}
+_DTYPES |= {_Global(module, "UntypedStorage"): _TYPES["uint8"] for module in ("torch", "torch.storage")}
 _LARGEST_PICKLE = 2**24  # bytes; a thousand tensors take 0.1 MB, and the objects it builds up to a hundred times more
 
 
@@ -139,7 +159,8 @@ def _torch_checkpoint(path: pathlib.Path) -> Foreign:
             arrays = _Arrays(archive, path.stat().st_size)
             if arrays.member("byteorder", b"little") != b"little":
                 raise _Malformed("it was written on a big-endian machine")
-            return _parts(_unpickled(io.BytesIO(arrays.member("data.pkl"))), lambda key: arrays.member(f"data/{key}"))
+            built = _unpickled(io.BytesIO(arrays.member("data.pkl")))
+            return _parts(built, functools.cache(lambda key: arrays.member(f"data/{key}")))
     except (zipfile.BadZipFile, struct.error, EOFError, OverflowError, RuntimeError, ValueError) as error:
         raise _Malformed(f"its archive is damaged ({_one_line(error)})") from None
 
@@ -155,35 +176,16 @@ def _torch_sequence(path: pathlib.Path) -> Foreign:
         raise _Malformed("it is a pickle, but not by PyTorch")
     pickles = io.BytesIO(content[:_LARGEST_PICKLE])
     _, version, machine, saved, keys = (_unpickled(pickles) for _ in range(5))
-    if version != 1001 or _expect(machine, dict).get("little_endian") is not True:
+    if version.value != 1001 or _expect(machine.value, dict).get("little_endian") is not True:
         raise _Malformed("it is of another version, or written on a big-endian machine")
-    sizes = _storage_sizes(saved)
     data, position = {}, pickles.tell()
-    for key in _expect(keys, list):
-        if _expect(key, str) not in sizes:
+    for key in _expect(keys.value, list):
+        if _expect(key, str) not in saved.storages:
             raise _Malformed("it stores numbers that belong to no tensor")
-        end = position + 8 + sizes[key]
+        storage = saved.storages[key]
+        end = position + 8 + storage.size * storage.dtype.itemsize
         data[key], position = content[position + 8 : end], end
-    # each is handed out once, so that no more is built than the file is long
-    return _parts(saved, lambda key: data.pop(key, b""))
-
-
-def _storage_sizes(saved: Any) -> dict[str, int]:
-    """Bytes of each storage, by key, that tensors in nested dicts and lists refer to."""
-    sizes, seen, left = {}, set(), [saved]
-    while left:
-        value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        match value:
-            case _Tensor(storage=storage):
-                sizes[storage.key] = storage.size * storage.dtype.itemsize
-            case dict():
-                left += value.values()
-            case list():
-                left += value
-    return sizes
+    return _parts(saved, lambda key: data.get(key, b""))
 
 
 class _Arrays:
@@ -209,19 +211,23 @@ class _Arrays:
 
 
 def _array(name: str, tensor: Any, data_of: Callable[[str], bytes]) -> np.ndarray:
-    """The numbers of the tensor, which the checkpoint calls `name`."""
+    """The numbers of the tensor, which the checkpoint calls `name`: a view of those that are stored."""
     if not isinstance(tensor, _Tensor):
         raise _Malformed(f"{name} is no tensor")
     storage, offset, shape, strides = tensor
     size = math.prod(shape)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else offset
-    if last >= storage.size + (size == 0) or size > storage.size:
+    if last >= storage.size + (size == 0) or size > max(storage.size, _MOST_REPEATED):
         raise _Malformed(f"{name} reaches beyond the numbers stored for it")
     data = data_of(storage.key)
     if len(data) != storage.size * storage.dtype.itemsize:
         raise _Malformed(f"{name} should have {storage.size} numbers, but {len(data)} bytes are stored for it")
     flat = np.frombuffer(data, storage.dtype)[offset:]
-    return np.lib.stride_tricks.as_strided(flat, shape, [stride * flat.itemsize for stride in strides]).copy()
+    strides = [stride * flat.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False)
+
+
+_MOST_REPEATED = 2**16  # numbers of a tensor that repeats fewer (`expand`)
 
 
 _CONSTANTS = {
@@ -234,27 +240,65 @@ _CONSTANTS = {
     "EMPTY_TUPLE": tuple,
 }
 _LITERALS = (
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 )
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] | None = None) -> Any:
-    """What the next pickle builds, of None, bool, int, float, str, bytes, tuple, list, dict, _Tensor and _Object.
+class _Built(NamedTuple):
+    """What a pickle builds, of None, bool, int, float, str, bytes, tuple, list, dict, _Tensor and _Object.
 
-    calls: the globals that it may name, and what stands for calling each, a function of the tuple of arguments.
+    storages: those that its tensors refer to, by key
+    skipped: names of the functions and classes that it names for other objects
+    """
+
+    value: Any
+    storages: dict[str, _Storage]
+    skipped: set[str]
+
+
+def _unpickled(
+    program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] | None = None, *, strict: bool = False
+) -> _Built:
+    """What the next pickle builds.
+
+    calls: what stands for calling each of these globals, a function of the tuple of arguments.
+    strict: refuse other globals, which else become an _Object of their name.
     """
     calls = _TORCH if calls is None else calls
     payload = 0  # bytes of arrays, which its length does not limit
-    stack, marks, memo = [], [], {}
+    stack, marks, memo, storages, skipped = [], [], {}, {}, set()
 
     def since_mark() -> list:
         start = marks.pop()
         items = stack[start:]
         del stack[start:]
         return items
+
+    def named(module: Any, name: Any) -> _Global:
+        if strict and _Global(module, name) not in calls:
+            raise _Malformed(f"its pickle asks for {_one_line(module)}.{_one_line(name)}, which no checkpoint needs")
+        return _Global(_expect(module, str), _expect(name, str))
+
+    def made_by(function: Any, arguments: Any) -> Any:
+        if isinstance(function, _Object):  # a method, or what a function has made
+            return _Object(function.class_name, {})
+        name = _expect(function, _Global)
+        if name in calls:
+            return calls[name](_expect(arguments, tuple))
+        if name == _RECONSTRUCTOR and arguments and isinstance(arguments[0], _Global):
+            name = arguments[0]
+        skipped.add(_one_line(".".join(name)))
+        return _Object(".".join(name), {})
+
+    def add_items(target: Any, items: list):
+        if isinstance(target, _Object):
+            target = target.attributes
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if isinstance(key, (str, int, float, _Global)):  # others are slow to hash, or cannot be
+                _expect(target, dict)[key] = value
 
     try:
         for opcode, argument, position in pickletools.genops(program):
@@ -270,47 +314,68 @@ def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] |
                     stack.append(argument)
                 case "MARK":
                     marks.append(len(stack))
+                case "POP":
+                    stack.pop()
+                case "POP_MARK":
+                    since_mark()
+                case "DUP":
+                    stack.append(stack[-1])
                 case "TUPLE":
                     stack.append(tuple(since_mark()))
+                case "LIST" | "FROZENSET":
+                    stack.append(since_mark())
+                case "DICT":
+                    items = since_mark()
+                    stack.append({})
+                    add_items(stack[-1], items)
                 case name if name in _TUPLES:
                     items = [stack.pop() for _ in range(_TUPLES[name])]
                     stack.append(tuple(reversed(items)))
                 case "APPEND":
                     item = stack.pop()
-                    _expect(stack[-1], list).append(item)
+                    if isinstance(_expect(stack[-1], list, _Object), list):
+                        stack[-1].append(item)
                 case "APPENDS" | "ADDITEMS":
                     items = since_mark()
-                    _expect(stack[-1], list).extend(items)
+                    if isinstance(_expect(stack[-1], list, _Object), list):
+                        stack[-1].extend(items)
                 case "SETITEM":
                     value, key = stack.pop(), stack.pop()
-                    _expect(stack[-1], dict)[_expect(key, str, int, _Global)] = value
+                    add_items(stack[-1], [key, value])
                 case "SETITEMS":
                     items = since_mark()
-                    for key, value in zip(items[::2], items[1::2], strict=True):
-                        _expect(stack[-1], dict)[_expect(key, str, int, _Global)] = value
-                case "BINPUT" | "LONG_BINPUT":
+                    add_items(stack[-1], items)
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
                     memo[argument] = stack[-1]
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
-                case "BINGET" | "LONG_BINGET":
+                case "GET" | "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
                 case "GLOBAL":
-                    stack.append(_known(*argument.split(" ", 1), calls))
+                    stack.append(named(*argument.split(" ", 1)))
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
-                    stack.append(_known(module, name, calls))
+                    stack.append(named(module, name))
                 case "BINPERSID":
-                    stack.append(_storage(stack.pop()))
+                    storage = _storage(stack.pop())
+                    if isinstance(storage, _Storage):
+                        storages[storage.key] = storage
+                    stack.append(storage)
                 case "REDUCE" | "NEWOBJ":
                     arguments, function = stack.pop(), stack.pop()
-                    stack.append(calls.get(_expect(function, _Global), _skipped)(_expect(arguments, tuple)))
+                    stack.append(made_by(function, arguments))
+                case "NEWOBJ_EX":
+                    _, arguments, function = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(made_by(function, arguments))
                 case "BUILD":
-                    # Attributes of a dictionary: PyTorch gives a state_dict its `_metadata`, which is of no use here.
+                    # Attributes: those of a dictionary (PyTorch gives a state_dict its `_metadata`) are of no use here.
                     attributes = stack.pop()
-                    if isinstance(_expect(stack[-1], dict, _Object), _Object) and isinstance(attributes, dict):
-                        stack[-1].attributes.update(attributes)
+                    if isinstance(stack[-1], _Object):
+                        for part in attributes if isinstance(attributes, tuple) else (attributes,):  # slots come apart
+                            if isinstance(part, dict):
+                                stack[-1].attributes.update(part)
                 case "STOP":
-                    return stack.pop()
+                    return _Built(stack.pop(), storages, skipped)
                 case name:
                     raise _Malformed(f"its pickle uses {name}, which no checkpoint needs")
     except (IndexError, KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
@@ -318,89 +383,236 @@ def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] |
     raise _Malformed("its pickle has no end")
 
 
-def _known(module: Any, name: Any, calls: dict) -> _Global:
-    """The global, if checkpoints need it, or if it is one of lightning's, which stand beside the parameters."""
-    reference = _Global(module, name)
-    if reference not in calls and str(module).split(".")[0] not in _BESIDE:
-        raise _Malformed(f"its pickle asks for {_one_line(module)}.{_one_line(name)}, which no checkpoint needs")
-    return reference
-
-
-def _storage(identifier: Any) -> _Storage:
+def _storage(identifier: Any) -> _Storage | _Object | _Global:
     match identifier:
-        case ("storage", _Global() as kind, str() as key, str(), int() as size, *view) if (
-            kind in _DTYPES and size >= 0 and view in ([], [None])
+        case ("storage", _Global() as kind, str() as key, str(), int() as size, *view) if size >= 0 and view in (
+            [],
+            [None],
         ):
-            return _Storage(_DTYPES[kind], key, size)
+            return _Storage(_DTYPES[kind], key, size) if kind in _DTYPES else _Object(".".join(kind), {})
+        case ("module", _Global() as module, *_):  # with the text of its program, before PyTorch 1.6
+            return module
     raise _Malformed("its pickle refers to data in an unknown way")
 
 
-def _ordered_dict(arguments: tuple) -> dict:
-    if arguments:
-        raise _Malformed("its pickle makes a call that no checkpoint needs")
-    return {}
+# -- What stands for the functions that a PyTorch file may name --
 
 
-def _tensor(arguments: tuple) -> _Tensor:
+_UNKNOWN = "its pickle makes a call that no checkpoint needs"
+_RECONSTRUCTOR = _Global("copy_reg", "_reconstructor")
+
+
+def _dict(arguments: tuple) -> dict:
+    """A dictionary of pairs, or of another one; what a defaultdict makes does not matter."""
+    built = {}
+    for given in arguments:
+        if isinstance(given, dict):
+            built |= given
+        elif isinstance(given, list):
+            built |= {_expect(key, str, int): value for key, value in given}
+    return built
+
+
+def _tensor(arguments: tuple) -> _Tensor | _Object:
     match arguments:
         case (_Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_):
             natural = all(isinstance(n, int) and 0 <= n < 2**40 for n in (offset, *shape, *strides))
             if natural and len(shape) == len(strides) <= 8:
                 return _Tensor(storage, offset, shape, strides)
-    raise _Malformed("its pickle makes a call that no checkpoint needs")
+        case (_Object() as unknown, *_):  # of numbers that NumPy has not
+            return unknown
+    raise _Malformed(_UNKNOWN)
 
 
-# Packages of training, whose objects stand beside the parameters in the files of latent diffusion.
-_BESIDE = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
+def _tensor_of_type(arguments: tuple) -> _Tensor | _Object:
+    """A tensor over bytes, whose type is the seventh argument."""
+    tensor = _tensor(arguments)
+    match tensor, arguments:
+        case _Tensor(), (_, _, _, _, _, _, _Global(name=name), *_) if name in _TYPES:
+            dtype = _TYPES[name]
+            size = tensor.storage.size // dtype.itemsize
+            return tensor._replace(storage=tensor.storage._replace(dtype=dtype, size=size))
+    return _Object("torch.Tensor", {})
 
 
-def _skipped(arguments: tuple) -> _Object:
-    """What stands for an object that no parameter depends on."""
-    return _Object("", {})
+def _wrapped_tensor(arguments: tuple) -> Any:
+    """A parameter: a tensor, and what does not matter here."""
+    match arguments:
+        case (_Tensor() | _Object() as tensor, *_):
+            return tensor
+    raise _Malformed("it has a parameter that is no tensor")
+
+
+def _subclass(arguments: tuple) -> Any:
+    """A tensor of a class of its own, made by one of PyTorch's functions."""
+    match arguments:
+        case (_Global() as function, _, tuple() as inner, *_) if function in _TENSORS:
+            return _TENSORS[function](inner)
+    return _Object("torch.Tensor", {})
+
+
+def _numpy_type(arguments: tuple) -> Any:
+    match arguments:
+        case (str() as code, *_) if re.fullmatch("[fiu][1248]", code):
+            return np.dtype(f"<{code}")
+    return _Object("numpy.dtype", {})
+
+
+def _numpy_scalar(arguments: tuple) -> Any:
+    match arguments:
+        case (np.dtype() as dtype, bytes() as number) if len(number) == dtype.itemsize:
+            return np.frombuffer(number, dtype)[0].item()
+    return _Object("numpy.generic", {})
+
+
+def _encoded(arguments: tuple) -> Any:
+    match arguments:
+        case (str() as text, "latin1"):
+            return text.encode("latin1")
+    raise _Malformed(_UNKNOWN)
 
 
 def _refuse(arguments: tuple):
-    raise _Malformed("its pickle makes a call that no checkpoint needs")
+    raise _Malformed(_UNKNOWN)
 
 
-_TORCH = {_ORDERED_DICT: _ordered_dict, _TENSOR: _tensor} | dict.fromkeys(_DTYPES, _refuse)
-# Numbers that callbacks keep; a file says so without a word of lightning where they are its last score.
-_TORCH |= {
-    _Global("numpy", "dtype"): _skipped,
-    _Global("numpy.core.multiarray", "scalar"): _skipped,
-    _Global("numpy._core.multiarray", "scalar"): _skipped,
-    _Global("_codecs", "encode"): _skipped,
+_TENSORS = {
+    _Global("torch._utils", "_rebuild_tensor"): _tensor,
+    _Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    _Global("torch._utils", "_rebuild_tensor_v3"): _tensor_of_type,
+    _Global("torch._utils", "_rebuild_parameter"): _wrapped_tensor,
+    _Global("torch._utils", "_rebuild_parameter_with_state"): _wrapped_tensor,
+}
+_TORCH = {
+    **_TENSORS,
+    **dict.fromkeys(_DTYPES, _refuse),
+    _Global("torch._tensor", "_rebuild_from_type_v2"): _subclass,
+    **{_Global("collections", name): _dict for name in ("OrderedDict", "defaultdict", "Counter")},
+    # numbers that callbacks and loops keep
+    _Global("numpy", "dtype"): _numpy_type,
+    _Global("numpy.core.multiarray", "scalar"): _numpy_scalar,
+    _Global("numpy._core.multiarray", "scalar"): _numpy_scalar,
+    _Global("_codecs", "encode"): _encoded,
 }
 
 
-def _parts(saved: Any, data_of: Callable[[str], bytes]) -> Foreign:
-    """The official structure, {model: state_dict, ema: {shadow_params: list}, step: int}, or a state_dict alone.
+# -- What of a checkpoint is what --
 
-    Lightning's is {state_dict, global_step} and more.
+
+_STEPS = ("step", "global_step", "steps", "iteration", "iterations", "iters", "iter", "n_iter", "num_steps")
+_AVERAGES = re.compile(r"(^|_)(ema|swa|shadow|averages?|averaged)($|[_\d])")
+_OPTIMIZER = re.compile(r"(^|_)opt($|_)|optim|^collected_params$")
+_BESIDE = re.compile(r"^(callbacks|loops|((lr|grad|amp)_)?(scaler|scheduler)s?|hyper_parameters|rng_state)$")
+_COUNTERS = ("decay", "num_updates", "n_averaged", "initted", *_STEPS)  # numbers that stand among averages
+
+
+def _roles(leaves: list[tuple[tuple[str, ...], Any]]) -> tuple[dict, dict]:
+    """(parameters, averages) among the leaves of a checkpoint, by their ways into it.
+
+    What was averaged more than once is told from what stands beside it, such as the online model of an average's own
+    state. Entries of the optimizer are left out; Flax once kept the parameters as its `target`.
     """
-    lightning = "state_dict" in _expect(saved, dict)
-    state = _expect(saved.get("state_dict" if lightning else "model", saved), dict)
-    model = {_expect(name, str): _array(name, tensor, data_of) for name, tensor in state.items()}
-    if lightning:
-        return Foreign("torch", model, None, _expect(saved.get("global_step"), int, type(None)))
-    if state is saved or "ema" not in saved:
-        return Foreign("torch", model, None, None)
-    step = _expect(saved.get("step"), int, type(None))
-    # The averages are a list in the order of the trainable parameters: all but the buffer `sigmas` and the Fourier
-    # frequencies, the only vector called W.
-    shadow = _expect(_expect(saved["ema"], dict).get("shadow_params"), list)
-    fixed = [
-        name for name, array in model.items() if _last(name) == "sigmas" or (_last(name) == "W" and array.ndim == 1)
-    ]
-    trained = [name for name in model if name not in fixed]
+    model, averages = {}, {}
+    for way, leaf in leaves:
+        words = [word.lower() for part in way for word in part.split(".")]
+        depth = sum(_AVERAGES.search(word) is not None for word in words)
+        if words[-1] in _COUNTERS or (any(map(_OPTIMIZER.search, words)) and "target" not in words):
+            continue
+        if depth:
+            averages.setdefault(depth, {})[way] = leaf
+        elif not any(map(_BESIDE.search, words)):
+            model[way] = leaf
+    return model, averages[max(averages)] if averages else {}
+
+
+def _inside(entries: dict[tuple, Any]) -> dict[tuple, Any]:
+    """The entries without the containers that hold them all."""
+    while entries and all(len(way) > 1 for way in entries) and len({way[0] for way in entries}) == 1:
+        entries = {way[1:]: leaf for way, leaf in entries.items()}
+    return entries
+
+
+def _step_of(leaves: list[tuple[tuple[str, ...], Any]]) -> int | None:
+    """The number of training steps: the outermost entry of such a name."""
+    ours = lambda way: way[-1] in _STEPS and not any(map(_OPTIMIZER.search, way))
+    named = [(len(way), _STEPS.index(way[-1]), leaf) for way, leaf in leaves if ours(way)]
+    for *_, leaf in sorted(named, key=lambda entry: entry[:2]):
+        value = np.asarray(leaf).reshape(-1)[:1] if isinstance(leaf, (int, float, np.ndarray)) else np.zeros(0)
+        if value.size and value.dtype.kind in "iuf" and np.isfinite(value[0]) and 0 <= value[0] < 2**31:
+            return int(value[0])
+    return None
+
+
+_MOST_LEAVES = 100_000
+
+
+def _leaves(value: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """What nested dictionaries, lists and objects hold, with the way to it; the tensors of a module by its names."""
+    leaves, seen = [], set()
+
+    def visit(value: Any, way: tuple[str, ...]):
+        if isinstance(value, _Object) and "_parameters" in value.attributes and "_modules" in value.attributes:
+            leaves.extend(((*way, name), tensor) for name, tensor in _tensors(value))
+        elif isinstance(value, (dict, list, _Object)) or (isinstance(value, tuple) and type(value) is tuple):
+            if id(value) in seen or len(way) > _DEEPEST:
+                return
+            seen.add(id(value))
+            inner = value.attributes if isinstance(value, _Object) else value
+            for key, entry in inner.items() if isinstance(inner, dict) else enumerate(inner):
+                visit(entry, (*way, key.name if isinstance(key, _Global) else str(key)))
+        elif way:
+            leaves.append((way, value))
+        if len(leaves) > _MOST_LEAVES:
+            raise _Malformed(f"it has more than {_MOST_LEAVES} entries")
+
+    visit(value, ())
+    return leaves
+
+
+def _parts(built: _Built, data_of: Callable[[str], bytes]) -> Foreign:
+    """The parameters and averages of whatever structure PyTorch saved."""
+    leaves = _leaves(built.value)
+    tensors, averages = _roles([(way, leaf) for way, leaf in leaves if isinstance(leaf, _Tensor)])
+    named = lambda entries: {bare(".".join(way)): _array(".".join(way), leaf, data_of) for way, leaf in entries.items()}
+    model, ema = named(_inside(tensors)), named(_inside(averages))
+    skipped = tuple(sorted(built.skipped))
+    if not model and not ema:
+        raise _Malformed("it holds no tensors" + (f", but objects of {', '.join(skipped)}" if skipped else ""))
+    if ema and all(name.isdecimal() for name in ema):
+        ema = _averages_by_name(model, [ema[name] for name in sorted(ema, key=int)])
+    steps = [(way, _scalar(leaf, data_of)) for way, leaf in leaves if way[-1] in _STEPS]
+    return Foreign("torch", model or None, _filled(ema, model) or None, _step_of(steps), skipped=skipped)
+
+
+def _filled(ema: dict[str, np.ndarray], model: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The averages, and of entries that are not trained, which have none, the entries themselves."""
+    return model | ema if ema and ema.keys() < model.keys() else ema
+
+
+def _scalar(leaf: Any, data_of: Callable[[str], bytes]) -> Any:
+    return _array("the step", leaf, data_of) if isinstance(leaf, _Tensor) and not math.prod(leaf.shape) > 1 else leaf
+
+
+def _averages_by_name(model: dict[str, np.ndarray], shadow: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Averages that are a list in the order of the trainable parameters, which have their shapes.
+
+    Those are all but buffers, such as `sigmas`, and the Fourier frequencies, the only vector called W; or all.
+    """
+    fixed = ("sigmas", "running_mean", "running_var", "num_batches_tracked")
+    trained = {
+        name: array
+        for name, array in model.items()
+        if _last(name) not in fixed and not (_last(name) == "W" and array.ndim == 1)
+    }
+    tops = {name.partition(".")[0] for name in model}
+    alone = [{name: array for name, array in trained.items() if name.startswith(f"{top}.")} for top in sorted(tops)]
+    for named in (trained, model, *alone):
+        if [array.shape for array in named.values()] == [average.shape for average in shadow]:
+            return model | dict(zip(named, shadow, strict=True))
     if len(shadow) != len(trained):
         raise _Malformed(f"it has averages of {len(shadow)} parameters, but {len(trained)} trainable parameters")
-    averages = {}
-    for name, tensor in zip(trained, shadow, strict=True):
-        averages[name] = _array(f"the average of {name}", tensor, data_of)
-        if averages[name].shape != model[name].shape:
-            raise _Malformed(f"the average of {name} has shape {averages[name].shape} instead of {model[name].shape}")
-    return Foreign("torch", model, model | averages, step)
+    name, average = next((n, a) for n, a in zip(trained, shadow, strict=True) if a.shape != trained[n].shape)
+    raise _Malformed(f"the average of {name} has shape {average.shape} instead of {trained[name].shape}")
 
 
 def _last(name: str) -> str:
@@ -422,19 +634,12 @@ def _persistent(arguments: tuple) -> _Object:
     raise _Malformed("its pickle makes a call that no checkpoint needs")
 
 
-def _parameter(arguments: tuple) -> Any:
-    match arguments:
-        case (_Tensor() as tensor, *_):
-            return tensor
-    raise _Malformed("it has a parameter that is no tensor")
-
-
 def _stored(content: bytes) -> tuple[_Storage, memoryview]:
     """One storage and its numbers, from PyTorch's sequence of pickles for it alone."""
     if not content.startswith(_SEQUENCE_START):
         raise _Malformed("it has numbers that PyTorch did not write")
     pickles = io.BytesIO(content[: 2**12])
-    _, version, machine, storage, keys = (_unpickled(pickles) for _ in range(5))
+    _, version, machine, storage, keys = (_unpickled(pickles).value for _ in range(5))
     if version != 1001 or _expect(machine, dict).get("little_endian") is not True:
         raise _Malformed("it is of another version, or written on a big-endian machine")
     if keys != [_expect(storage, _Storage).key]:
@@ -456,23 +661,19 @@ def _edm_pickle(path: pathlib.Path) -> Foreign:
     nothing = lambda arguments: _Object("", {})  # what no parameter depends on
     calls = _TORCH | {
         _Global("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
-        _Global("torch._utils", "_rebuild_parameter"): _parameter,
         _Global("torch.storage", "_load_from_bytes"): storage,
         _Global("torch.nn.modules.container", "ModuleDict"): nothing,
         _Global("dnnlib.util", "EasyDict"): lambda arguments: {},
-        _Global("numpy", "dtype"): nothing,
-        _Global("numpy.core.multiarray", "scalar"): nothing,
-        _Global("numpy._core.multiarray", "scalar"): nothing,
         _Global("builtins", "set"): nothing,
     }
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
         try:
-            network = _expect(_expect(_unpickled(program, calls), dict).get("ema"), _Object)
+            network = _expect(_expect(_unpickled(program, calls, strict=True).value, dict).get("ema"), _Object)
             arrays = {}
             for name, tensor in _tensors(network):
                 if len(arrays) == _MOST_TENSORS:
                     raise _Malformed(f"it has more than {_MOST_TENSORS} tensors")
-                arrays[name] = _array(name, tensor, lambda key: data.pop(key, b""))  # each is handed out once
+                arrays[name] = _array(name, tensor, lambda key: data.get(key, b""))
         except (struct.error, EOFError, OverflowError, RuntimeError, ValueError) as error:
             raise _Malformed(f"its pickle is damaged ({_one_line(error)})") from None
     made_with = network.attributes.get("_init_kwargs", {})
@@ -497,14 +698,15 @@ def _tensors(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[st
 # -- Safetensors --
 
 
-_SAFE_TYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64} | {
-    "I64": np.int64,
-    "I32": np.int32,
+_SAFE_TYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"} | {
+    f"{letter}{8 * n}": f"{kind}{8 * n}"
+    for letter, kind, sizes in (("F", "float", (2, 4, 8)), ("I", "int", (1, 2, 4, 8)), ("U", "uint", (1, 2, 4, 8)))
+    for n in sizes
 }
 
 
 def _safetensors(path: pathlib.Path) -> Foreign:
-    """A state_dict alone."""
+    """A state_dict alone, or with averages, told by the first words of their names."""
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except (safetensors.SafetensorError, ValueError) as error:
@@ -513,30 +715,96 @@ def _safetensors(path: pathlib.Path) -> Foreign:
     for name, entry in entries:
         if entry["dtype"] not in _SAFE_TYPES:
             raise _Malformed(f"{_one_line(name)} has type {_one_line(entry['dtype'])}")
-        arrays[name] = np.frombuffer(entry["data"], _SAFE_TYPES[entry["dtype"]]).reshape(entry["shape"])
-    return Foreign("torch", arrays, None, None)
+        arrays[name] = np.frombuffer(entry["data"], _TYPES[_SAFE_TYPES[entry["dtype"]]]).reshape(entry["shape"])
+    return _named_arrays(arrays)
+
+
+def _named_arrays(arrays: dict[str, np.ndarray]) -> Foreign:
+    leaves = [((name,), array) for name, array in arrays.items()]
+    model, ema = ({bare(name): array for (name,), array in entries.items()} for entries in _roles(leaves))
+    return Foreign("torch", model or None, _filled(ema, model) or None, _step_of(leaves))
+
+
+# -- .npz --
+
+
+def _is_npz(path: pathlib.Path) -> bool:
+    """Whether a zip archive holds NumPy's arrays and nothing else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _npz(path: pathlib.Path) -> Foreign:
+    """Arrays by the names of PyTorch, as this package exports them, or by paths of Flax, joined by "/"."""
+    try:
+        arrays = files.load_npz(path)
+    except ValueError as error:
+        raise _Malformed(f"its archive is damaged ({_one_line(error)})") from None
+    if any("/" in name for name in arrays):
+        return _flax_tree(traverse_util.unflatten_dict(arrays, sep="/"))
+    return _named_arrays(arrays)
 
 
 # -- Flax --
 
 
 _MOST_AXES = 32
-_ARRAY_TYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint32", "uint64", "bool")
 
 
 def _flax_checkpoint(path: pathlib.Path) -> Foreign:
-    """The official State, {optimizer: {target, state}, params_ema, step, ...}, or the tree of parameters alone."""
     limits = {"max_array_len": _MOST_AXES, "max_map_len": 100_000}
     try:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False, strict_map_key=True, **limits)
-        tree = _joined(tree)
-        if "params_ema" not in tree:
-            return Foreign("flax", _require_arrays(tree), None, None)
-        target = _expect(tree.get("optimizer"), dict).get("target")
-        step = np.asarray(tree.get("step")).reshape(()).astype(np.int64).item()
-        return Foreign("flax", _require_arrays(target), _require_arrays(tree["params_ema"]), step)
+        return _flax_tree(_joined(tree))
     except (KeyError, ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise _Malformed(f"its msgpack is damaged ({_one_line(error)})") from None
+
+
+def _flax_tree(tree: Any) -> Foreign:
+    """The official State, {optimizer: {target, state}, params_ema, step, ...}, a TrainState, {params, opt_state, step},
+    what a module's init returns, {params}, or the tree of parameters alone."""
+    leaves = _leaves(_expect(tree, dict))
+    model, ema = _roles([(way, leaf) for way, leaf in leaves if isinstance(leaf, np.ndarray)])
+    if not model and not ema:
+        raise _Malformed("it holds no arrays of parameters")
+    nested = lambda entries: traverse_util.unflatten_dict(entries) if entries else None
+    return Foreign("flax", nested(model), nested(ema), _step_of(leaves))
+
+
+_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint")  # what marks a folder of Orbax
+
+
+def _orbax(folder: pathlib.Path) -> Foreign:
+    """The last step of a folder of Orbax, or the one that it is; its items as one tree."""
+    marked = lambda path: any((path / name).is_file() for name in _ORBAX)
+    while not marked(folder):
+        inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        steps = [path for path in inside if re.fullmatch(r"(.*_)?\d+", path.name)]
+        if not steps:
+            break
+        folder = max(steps, key=lambda path: int(path.name.rpartition("_")[2]))
+    trees = [path for path in (folder, *sorted(folder.iterdir())) if path.is_dir() and (path / "_METADATA").is_file()]
+    reader = ocp.PyTreeCheckpointer()
+
+    def read_tree(path: pathlib.Path) -> Any:
+        """The arrays, wherever the devices are that wrote them."""
+        described = reader.metadata(path).item_metadata.tree
+        return reader.restore(path, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), described))
+
+    try:
+        read = {path.name: read_tree(path) for path in trees}
+    except Exception as error:  # Orbax, TensorStore and json raise many types on damaged files
+        raise _Malformed(f"its folder of Orbax is damaged ({_one_line(error)})") from None
+    if not read:
+        raise _Malformed("it is a folder, but none of Orbax")
+    arrays = jax.tree.map(np.asarray, next(iter(read.values())) if len(read) == 1 else read)
+    found = _flax_tree(arrays)
+    number = re.search(r"\d+$", folder.name)
+    return found._replace(step=int(number[0]) if found.step is None and number else found.step)
 
 
 def _extension(code: int, data: bytes) -> np.ndarray:
@@ -544,12 +812,12 @@ def _extension(code: int, data: bytes) -> np.ndarray:
     if code not in (1, 3):
         raise _Malformed(f"its msgpack uses extension {code}, which no checkpoint needs")
     shape, dtype, buffer = msgpack.unpackb(data, raw=False, max_array_len=_MOST_AXES)
-    if dtype not in _ARRAY_TYPES:
+    if dtype not in _TYPES:
         raise _Malformed(f"an array has type {_one_line(dtype)}")
     shape = tuple(_expect(n, int) for n in shape)
-    if min(shape, default=0) < 0 or math.prod(shape) * np.dtype(dtype).itemsize != len(buffer):
+    if min(shape, default=0) < 0 or math.prod(shape) * _TYPES[dtype].itemsize != len(buffer):
         raise _Malformed(f"an array of shape {shape} has {len(buffer)} bytes")
-    return np.frombuffer(buffer, dtype).reshape(shape)
+    return np.frombuffer(buffer, _TYPES[dtype]).reshape(shape)
 
 
 def _joined(tree: Any) -> Any:
@@ -560,13 +828,6 @@ def _joined(tree: Any) -> Any:
         return {key: _joined(value) for key, value in tree.items()}
     shape, chunks = ([entry[str(i)] for i in range(len(entry))] for entry in (tree["shape"], tree["chunks"]))
     return np.concatenate(chunks).reshape(shape)
-
-
-def _require_arrays(tree: Any) -> dict:
-    for path, leaf in traverse_util.flatten_dict(_expect(tree, dict)).items():
-        if not isinstance(leaf, np.ndarray):
-            raise _Malformed(f"{'/'.join(map(str, path))} is no array")
-    return tree
 
 
 def _expect(value: Any, *types: type) -> Any:

@@ -241,7 +241,7 @@ def _state(path: pathlib.Path) -> dict[str, np.ndarray]:
     state = read_checkpoint(path)
     if state.kind != "torch" or state.model is None:
         raise UserError(f"{path} is no latent diffusion model: it is a checkpoint of another kind ({state.kind})")
-    return state.model
+    return state.model | (state.ema or {})
 
 
 def _average(state: Mapping[str, np.ndarray], name: str) -> np.ndarray:

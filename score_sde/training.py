@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from score_sde import losses, parallel, power_ema
+from score_sde import losses, parallel, power_ema, seeds
 from score_sde.sde import SDE, per_image
 
 
@@ -172,7 +172,7 @@ def make_step(
 
     def step(n_iters, state: State, inputs):
         batch, number = inputs
-        key = jax.random.fold_in(jax.random.key(seed), number)
+        key = jax.random.fold_in(seeds.key(seed), number)
         mean_loss = lambda params, batch: loss(params, batch, key, True).mean()
         value, gradient = parallel.mean(_mean_over_slices(mean_loss, state.params, batch, accumulate))
         norm = optax.global_norm(gradient)

@@ -3,10 +3,12 @@
     python -m tools.import_checkpoint CHECKPOINT --workdir=runs/new [--config=configs/ve/cifar10_ncsnpp_continuous.py]
     python -m tools.import_checkpoint --export=weights.npz --workdir=runs/published
 
-CHECKPOINT is a file of Score-SDE's code, PyTorch (.pth with model, EMA shadow list, step) or JAX (flax msgpack), of EDM
-(.pkl), of guided diffusion (.pt), or safetensors. It is read, never executed. Without --config the one of configs/ is
-taken whose network the names and shapes fit, if they fit one alone. The averaged parameters become both parameters and
-EMA of the run; --raw takes the others. Where a file holds one set of parameters, that one is taken.
+CHECKPOINT is a file of PyTorch (.pth, .pt, .ckpt), of EDM (.pkl) or of JAX (flax msgpack), a folder of Orbax, a
+.safetensors or an .npz. It is read, never executed: whatever wraps the parameters' names (DataParallel, compile,
+Lightning, `state_dict`, `ema` and so on) is taken away, objects beside them are passed over and named. Without --config
+the one of configs/ is taken whose network the names and shapes fit, if they fit one alone. The averaged parameters
+become both parameters and EMA of the run; --raw takes the others. Where a file holds one set of parameters, that one is
+taken.
 """
 
 import functools
@@ -22,6 +24,7 @@ from experiments import build, program, runs
 from experiments.config import package_configs
 from score_sde import checkpoint, files, foreign, training
 from score_sde.errors import UserError
+from score_sde.models.names import contents
 from score_sde.models.published import convert, to_torch
 
 CONFIG = program.config_flag()
@@ -55,7 +58,7 @@ def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: boo
     params, which = held[0]
     to_ours = functools.partial(convert, read.kind)
     if config is None:
-        config = only_fitting(file, fitting_configs(to_ours, params))
+        config = only_fitting(file, fitting_configs(to_ours, params), contents(params))
     try:
         params = to_ours(params, build.network_of(config), build.space_of(config).shape)
     except UserError as error:
@@ -74,18 +77,20 @@ def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: boo
     except BaseException:
         shutil.rmtree(workdir, ignore_errors=True)
         raise
+    if read.skipped:
+        print(f"passed over in {file}: {', '.join(read.skipped)}")
     alone = ", the only ones that it holds" if len(held) == 1 else ""
     print(f"{file}: {read.kind} checkpoint of step {read.step}, took the {which}{alone}")
     print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
 
 
-def only_fitting(file: str, fitting: list[tuple]):
-    """The config that fits alone; which, is printed."""
+def only_fitting(file: str, fitting: list[tuple], held: str):
+    """The config that fits alone; which, is printed. held: what the file holds, in words."""
     if len(fitting) == 1:
         print(f"{file} fits {fitting[0][0]}")
         return fitting[0][1]
     names = " or ".join(f"--config={path}" for path, _ in fitting)
-    remedy = f"say which one, {names}" if fitting else "give the --config whose network it is"
+    remedy = f"say which one, {names}" if fitting else f"give the --config whose network it is; {held}"
     raise UserError(f"{file} fits {len(fitting) or 'no'} networks of configs/: {remedy}")
 
 

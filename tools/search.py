@@ -43,7 +43,7 @@ OPTION = flags.DEFINE_multi_string("option", [], "An option of the solver to hol
 EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
 NOISES = flags.DEFINE_integer("noises", 128, "Noises to search on, and as many others to judge by.", lower_bound=2)
 MINUTES = flags.DEFINE_float("minutes", 10.0, "The search stops here at the latest.", lower_bound=0.1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
+SEED = program.seed_flag("Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
 LEARN = flags.DEFINE_bool("learn", False, "Learn corrections of the best table too, within the same minutes.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Search for the model guided with this scale.")
 

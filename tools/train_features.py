@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import program
-from score_sde import VERSION, data, files, sources
+from score_sde import VERSION, data, files, seeds, sources
 from score_sde.errors import UserError
 from score_sde.metrics import resnet
 
@@ -32,7 +32,7 @@ EPOCHS = flags.DEFINE_integer("epochs", None, "Times through the training images
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "The largest of the cycle.")
 FOLDER = flags.DEFINE_string("folder", str(resnet.WEIGHTS), "Where to write resnet20_<name>.npz.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters, order and augmentation.")
+SEED = program.seed_flag("Seed of parameters, order and augmentation.")
 
 
 def main():
@@ -77,7 +77,7 @@ def train_features(
 
     @jax.jit
     def train_step(step, params, optimizer_state, image, label):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(image))
+        keys = jax.random.split(jax.random.fold_in(seeds.key(seed), step), len(image))
         x = jax.vmap(augment)(keys, image)
 
         def loss(params):
@@ -88,7 +88,7 @@ def train_features(
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state, value
 
-    params = network.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
+    params = network.init(seeds.key(seed), jnp.zeros((1, *image_shape)))["params"]
     state, start = (params, optimizer.init(params)), 0
     identity = f"{images.name} {images.size} {image_shape} {num_steps} {batch_size} {learning_rate} {seed}"
     checkpoint_path = pathlib.Path("runs") / f"resnet20_{name}" / "state.npz"

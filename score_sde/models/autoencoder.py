@@ -17,7 +17,7 @@ from jax import Array
 from score_sde.errors import UserError
 from score_sde.models.attention import multihead
 from score_sde.models.layers import DTYPES, Conv, GroupNorm, at_least_float32, default_init, require
-from score_sde.models.names import parameters, shapes_of
+from score_sde.models.names import parameters, published, shapes_of
 from score_sde.models.resample import upsample_2d
 
 
@@ -291,7 +291,8 @@ def from_published(state: Mapping[str, np.ndarray], network: Autoencoder) -> dic
     state = {_renamed(name): array for name, array in state.items() if not name.startswith("loss.")}
     image = jax.ShapeDtypeStruct((1, network.factor, network.factor, network.channels), jnp.float32)
     diffusers = any(name.startswith("encoder.down_blocks") for name in state)
-    return parameters(state, published_layers(network, diffusers), shapes_of(network, image))
+    shapes = shapes_of(network, image)
+    return parameters(state, published(published_layers(network, diffusers), shapes), shapes)
 
 
 def published_layers(network: Autoencoder, diffusers: bool) -> dict[str, str]:

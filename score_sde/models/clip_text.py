@@ -16,7 +16,7 @@ from jax import Array
 from score_sde.errors import UserError
 from score_sde.models.attention import attend
 from score_sde.models.layers import DTYPES, require
-from score_sde.models.names import parameters, shapes_of
+from score_sde.models.names import parameters, published, shapes_of
 from score_sde.models.transformer import LayerNorm
 
 ACTIVATIONS = {
@@ -133,7 +133,7 @@ def from_published(state: Mapping[str, np.ndarray], network: CLIPText) -> dict:
         layers |= {f"layer_{i}/{ours}": f"text_model.encoder.layers.{i}.{theirs}" for ours, theirs in LAYER.items()}
     beyond = [name for name in state if (number := layer_of(name)) is not None and number >= network.layers]
     shapes = shapes_of(network, jax.ShapeDtypeStruct((1, network.length), jnp.int32))
-    return parameters(state, layers, shapes, unused=[*UNUSED, *beyond])
+    return parameters(state, published(layers, shapes), shapes, unused=[*UNUSED, *beyond])
 
 
 def from_openclip(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

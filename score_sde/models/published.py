@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from score_sde.errors import UserError
+from score_sde.models.names import LEAVES, parameters, shapes_of, unwrapped
 from score_sde.models.ncsnpp import NCSNpp
 from score_sde.models.ncsnv2 import NCSNv2
 from score_sde.models.published_unets import from_edm, from_guided_diffusion
@@ -25,19 +26,21 @@ from score_sde.models.unet import UNet, UNetClassifier
 Path = tuple[str, ...]
 
 
+# What a file's entries become, by the kind of file and the network that they are for.
+CONVERTERS = {
+    ("torch", UNet): from_guided_diffusion,
+    ("torch", UNetClassifier): from_guided_diffusion,
+    ("edm", UNet): from_edm,
+    ("edm", NCSNpp): from_edm,
+}
+
+
 def convert(kind: str, params: Mapping, network: nn.Module, image_shape: tuple[int, int, int]) -> dict:
     """The parameter tree of `network`, for images of `image_shape` (H, W, C), from what foreign.py read.
 
     kind: "torch", "flax" or "edm", of the file; UserError where such a file holds no network of this family.
     """
-    plain = {"torch": from_torch, "flax": from_flax}
-    converters = {
-        ("torch", UNet): from_guided_diffusion,
-        ("torch", UNetClassifier): from_guided_diffusion,
-        ("edm", UNet): from_edm,
-        ("edm", NCSNpp): from_edm,
-    }
-    converter = converters.get((kind, type(network)), plain.get(kind))
+    converter = CONVERTERS.get((kind, type(network)), {"torch": from_torch, "flax": from_flax}.get(kind))
     if converter is None:
         raise UserError(f"EDM's files hold networks ncsnpp and unet, the configured one is {type(network).__name__}")
     return converter(params, network, image_shape)
@@ -46,22 +49,16 @@ def convert(kind: str, params: Mapping, network: nn.Module, image_shape: tuple[i
 def from_torch(state: Mapping[str, np.ndarray], network: nn.Module, image_shape: tuple[int, int, int]) -> dict:
     """The parameter tree of `network`, for images of `image_shape` (H, W, C), from a PyTorch state_dict.
 
-    Accepts the prefix `module.` of DataParallel. Two kinds of entries have no counterpart here and are left out: the
+    Names may be wrapped, see names.unwrapped. Two kinds of entries have no counterpart here and are left out: the
     buffer `sigmas`, and the embedding layers of an unconditional network's blocks (official, but without effect).
 
     A PyTorch NCSNv2 computes something slightly different (other resizing, unbiased variances), so its parameters suit
     these networks as a start for training rather than for sampling; the one for 64 x 64 has another width as well.
     """
-    state = {name.removeprefix("module."): np.asarray(array) for name, array in state.items()}
-    unused = [name for name in state if name == "sigmas" or _without_effect(name, network)]
     names, shapes = _torch_names(network, image_shape)
-    params = {}
-    for path, name in names.items():
-        if name not in state:
-            raise UserError(f"the checkpoint has no {name}, which the configured network needs for {'/'.join(path)}")
-        params[path] = _fitting(_to_flax(path, state[name]), name, path, shapes[path])
-    _require_none_left(set(state) - set(names.values()) - set(unused))
-    return traverse_util.unflatten_dict(params)
+    state = unwrapped(state, names.values())
+    unused = [name for name in state if name == "sigmas" or _without_effect(name, network)]
+    return parameters(state, names, shapes, _to_flax, unused=unused, dtype="float32")
 
 
 def to_torch(params: Mapping, network: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
@@ -69,50 +66,33 @@ def to_torch(params: Mapping, network: nn.Module, image_shape: tuple[int, int, i
     if getattr(network, "patch_size", 1) > 1:  # networks of other families have no such option
         raise UserError(f"patch_size = {network.patch_size}: the official code has no networks on patches to export to")
     names, _ = _torch_names(network, image_shape)
-    flat = traverse_util.flatten_dict(params)
+    flat = traverse_util.flatten_dict(params, sep="/")
     return {name: _to_pytorch(path, np.asarray(flat[path])) for path, name in names.items()}
 
 
 def from_flax(params: Mapping, network: nn.Module, image_shape: tuple[int, int, int]) -> dict:
-    """The same tree as `from_torch`, from that of a checkpoint of the official JAX code.
+    """The same tree as `from_torch`, from that of a JAX checkpoint, such as one of the official code.
 
-    Accepts the official training state as a whole, of which it takes the averaged parameters, and the parameters of
-    group normalizations as (1, 1, 1, C), which is how flax 0.3.1 stored them.
+    Accepts the official training state as a whole, of which it takes the averaged parameters, {"params": ...}, and the
+    parameters of group normalizations as (1, 1, 1, C), which is how flax 0.3.1 stored them.
     """
-    stored = traverse_util.flatten_dict(dict(params.get("params_ema", params)))
     _, shapes = _trace(network, image_shape)
-    fitted = {}
-    for path, shape in shapes.items():
-        name = "/".join(path)
-        if path not in stored:
-            raise UserError(f"the checkpoint has no {name}, which the configured network needs")
-        array = np.asarray(stored[path])
-        if path[-1] in ("scale", "bias") and array.shape == (1, 1, 1, *shape):
-            array = array.reshape(shape)
-        fitted[path] = _fitting(array, name, path, shape)
-    _require_none_left({"/".join(map(str, path)) for path in stored.keys() - shapes.keys()})
-    return traverse_util.unflatten_dict(fitted)
+    stored = traverse_util.flatten_dict(dict(params.get("params_ema", params)))
+    stored = {"/".join(map(str, path)): array for path, array in stored.items()}
+    return parameters(
+        unwrapped(stored, shapes, "/"), {path: path for path in shapes}, shapes, _as_vector, dtype="float32"
+    )
 
 
-def _fitting(array: np.ndarray, name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The array, if it can be the parameter at `path`."""
-    if array.shape != shape:
-        raise UserError(
-            f"{name} of the checkpoint gives shape {array.shape}, "
-            f"but {'/'.join(path)} of the configured network has {shape}"
-        )
-    if not jnp.issubdtype(array.dtype, np.floating):
-        raise UserError(f"{name} of the checkpoint has type {array.dtype}, but parameters are floating-point numbers")
-    return np.asarray(array, np.float32)
+def _as_vector(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return array.reshape(shape) if path.endswith(("scale", "bias")) and array.shape == (1, 1, 1, *shape) else array
 
 
-def _require_none_left(names: set[str]) -> None:
-    if names:
-        raise UserError(f"the configured network has no place for {len(names)} entries, such as {min(names)}")
+def _trace(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[list[str], dict[str, tuple]]:
+    """The top-level layers that PyTorch lists, in order of use, and the shape of every parameter, by Flax path.
 
-
-def _trace(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[list[str], dict[Path, tuple]]:
-    """The top-level layers that PyTorch lists, in order of use, and the shape of every parameter, by Flax path."""
+    Paths are joined by "/".
+    """
     order = []
 
     def record(call, args, kwargs, context):
@@ -125,18 +105,14 @@ def _trace(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[list[
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(
-            network.init,
-            jax.random.key(0),
-            jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-            jax.ShapeDtypeStruct((1,), jnp.float32),
+        shapes = shapes_of(
+            network, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
         )
-    shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables["params"]).items()}
     # The class embedding, which PyTorch does not know, comes under its own name.
     return [layer for layer in order if not layer.startswith("Embed_")], shapes
 
 
-def _torch_names(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[Path, str], dict[Path, tuple]]:
+def _torch_names(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[str, str], dict[str, tuple]]:
     """The PyTorch name and the Flax shape of every parameter, by Flax path."""
     if type(network) in (UNet, UNetClassifier):
         raise UserError("the official code of Score-SDE has no network of this family")
@@ -146,8 +122,8 @@ def _torch_names(network: nn.Module, image_shape: tuple[int, int, int]) -> tuple
     else:
         places = {layer: f"all_modules.{i}" for i, layer in enumerate(order)}
         layers = lambda path: [places.get(path[0], path[0]), *path[1:-1]]
-    leaves = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-    return {path: ".".join([*layers(path), leaves.get(path[-1], path[-1])]) for path in shapes}, shapes
+    named = lambda path: ".".join([*layers(path), LEAVES.get(path[-1], path[-1])])
+    return {path: named(tuple(path.split("/"))) for path in shapes}, shapes
 
 
 # (class of the enclosing layer, class of the layer) -> the PyTorch name of the layer, from its number in Flax, that of
@@ -194,15 +170,18 @@ def _without_effect(name: str, network: nn.Module) -> bool:
     return unconditional and re.fullmatch(r"all_modules\.\d+\.Dense_0\.(weight|bias)", name) is not None
 
 
-def _to_flax(path: Path, array: np.ndarray) -> np.ndarray:
+def _to_flax(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Convolutions from OIHW to HWIO, dense layers from (out, in) to (in, out), instance norms to (1, 1, 1, C)."""
-    if path[-1] in ("kernel", "weight") and array.ndim in (2, 4):
+    if path.endswith(("kernel", "weight")) and array.ndim in (2, 4):
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-    return array.reshape(1, 1, 1, -1) if path[-1] in ("alpha", "gamma", "beta") else array
+    return array.reshape(1, 1, 1, -1) if path.endswith(_INSTANCE_NORM) else array
 
 
-def _to_pytorch(path: Path, array: np.ndarray) -> np.ndarray:
+_INSTANCE_NORM = ("alpha", "gamma", "beta")
+
+
+def _to_pytorch(path: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `_to_flax`."""
-    if path[-1] in ("kernel", "weight"):
+    if path.endswith(("kernel", "weight")):
         return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    return array.reshape(-1) if path[-1] in ("alpha", "gamma", "beta") else array
+    return array.reshape(-1) if path.endswith(_INSTANCE_NORM) else array

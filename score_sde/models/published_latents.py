@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde.errors import UserError, one_line
-from score_sde.models.names import parameters, shapes_of
+from score_sde.models.names import parameters, published, shapes_of
 from score_sde.models.published_unets import ORDERS
 from score_sde.models.unet import UNet
 
@@ -85,7 +85,7 @@ def from_published(state: Mapping[str, np.ndarray], network: UNet, order: str = 
                     state[name] = state[name][ORDERS[order](len(state[name]) // 3, plan.heads)]
     if f"{layers['classes']}.weight" in state:
         state[f"{layers['classes']}.weight"] = state[f"{layers['classes']}.weight"].T  # a table, not a linear layer
-    return parameters(state, layers, shapes)
+    return parameters(state, published(layers, shapes), shapes)
 
 
 def published_layers(network: UNet, diffusers: bool) -> dict[str, str]:

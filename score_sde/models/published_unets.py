@@ -4,20 +4,20 @@ Each code's names are literal tables, of the layers within a block and of the bl
 themselves are read by foreign.py.
 """
 
+import re
 from collections.abc import Callable, Mapping
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from score_sde.errors import UserError
+from score_sde.models.names import parameters, shapes_of, unwrapped
 from score_sde.models.ncsnpp import NCSNpp
 from score_sde.models.resample import BOX
 from score_sde.models.unet import Plan, UNet, UNetClassifier
 
-Path = tuple[str, ...]
+Shapes = Mapping[str, tuple[int, ...]]  # by path, joined by "/"
 
 # Our layer: the published one.
 ADM_LAYERS = {
@@ -107,14 +107,17 @@ def from_guided_diffusion(
     order: "new" or "legacy", of the channels of qkv (`use_new_attention_order` there), which a file does not tell;
         by default that of the published networks.
     """
-    _require(state, "time_embed.0.weight", "guided diffusion")
-    shapes = _shapes(network, image_shape)
+    shapes = shapes_of(network, *_inputs(image_shape))
     if not order:
         order = "new" if (network.nf, network.ch_mult, network.num_res_blocks) in IN_NEW_ORDER else "legacy"
-    names = ADM_TOP | ADM_POOLS.get(getattr(network, "pool", ""), {})
+    layers = ADM_TOP | ADM_POOLS.get(getattr(network, "pool", ""), {})
     for stage, plan in network.stages().items():
-        names |= _adm_names(stage, plan, network.resblock_updown)
-    return _imported(state, names, shapes, lambda path: _rows(network, path, shapes, order), set())
+        layers |= _adm_names(stage, plan, network.resblock_updown)
+    names = _names(layers, shapes)
+    state = unwrapped(state, names.values())
+    _require(state, "time_embed.0.weight", "guided diffusion")
+    rows_of = lambda path: _rows(network, path, shapes, order)
+    return parameters(state, names, shapes, _arranged(rows_of, "classes/kernel"), dtype="float32")
 
 
 def from_edm(state: Mapping[str, np.ndarray], network: UNet | NCSNpp, image_shape: tuple[int, int, int]) -> dict:
@@ -123,18 +126,47 @@ def from_edm(state: Mapping[str, np.ndarray], network: UNet | NCSNpp, image_shap
     UNet takes a DhariwalUNet, NCSNpp a SongUNet, each in its preconditioner, whose names begin with `model.`. Filters
     must be those of the network; iDDPM's noise levels, `u`, are left out.
     """
-    state = {name.removeprefix("model."): array for name, array in state.items()}
-    _require(state, "map_layer0.weight", "EDM")
-    shapes = _shapes(network, image_shape)
-    names, rows, taps = {
+    shapes = shapes_of(network, *_inputs(image_shape))
+    layers_of, rows, taps = {
         UNet: (_dhariwal_names, _rows, lambda network: BOX),
         NCSNpp: (_song_names, _song_rows, lambda network: network.fir_kernel if network.fir else BOX),
     }[type(network)]
+    names = _names(layers_of(network, image_shape[0]), shapes)
+    state = unwrapped(state, names.values())
+    _require(state, "map_layer0.weight", "EDM")
     filters = {name for name in state if name.endswith("resample_filter")}
     for name in filters:
         _require_filter(name, np.asarray(state[name]), np.asarray(taps(network), np.float64))
-    rows_of = lambda path: rows(network, path, shapes, "interleaved")
-    return _imported(state, names(network, image_shape[0]), shapes, rows_of, filters | {"u"})
+    arranged = _arranged(lambda path: rows(network, path, shapes, "interleaved"))
+    return parameters(state, names, shapes, arranged, unused=filters | {"u"}, dtype="float32")
+
+
+def _inputs(image_shape: tuple[int, int, int]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """An image and its label, without their numbers."""
+    return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
+def _names(layers: Mapping[str, str], shapes: Shapes) -> dict[str, str]:
+    """The published name of each parameter, by its path."""
+    names = {}
+    for path in shapes:
+        layer, _, leaf = path.rpartition("/")
+        names[path] = layers.get(path) or f"{layers.get(layer, layer)}.{LEAVES.get(leaf, leaf)}"
+    return names
+
+
+def _arranged(rows_of: Callable[[str], np.ndarray | None], table: str = "") -> Callable:
+    """The `arranged` of names.parameters: published rows in our order, then axes; those of a table stay."""
+
+    def arranged(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        rows = rows_of(path)
+        if rows is not None and len(array) > rows.max():
+            array = array[rows]
+        if array.ndim > 1 and path != table and array.size == np.prod(array.shape[:2] + shape[:-2]):
+            array = array.reshape(*array.shape[:2], *shape[:-2]).transpose(*range(2, len(shape)), 1, 0)
+        return array
+
+    return arranged
 
 
 def _require(state: Mapping[str, np.ndarray], name: str, code: str):
@@ -215,58 +247,17 @@ def _song_names(network: NCSNpp, size: int) -> dict[str, str]:
     return names
 
 
-def _rows(network: UNet | UNetClassifier, path: Path, shapes: Mapping[Path, tuple], order: str) -> np.ndarray | None:
+def _rows(network: UNet | UNetClassifier, path: str, shapes: Shapes, order: str) -> np.ndarray | None:
     """Which entries along the published first axis make ours at `path`, None for all as they are."""
-    if path[-2:-1] != ("qkv",) or len(path) == 2:  # the classifier's pool, on top, always has our order
+    stage, *inner = path.split("/")
+    if inner[-2:-1] != ["qkv"]:  # the classifier's pool, on top, always has our order
         return None
-    return ORDERS[order](shapes[path][-1] // 3, network.stages()[path[0]].heads)
+    return ORDERS[order](shapes[path][-1] // 3, network.stages()[stage].heads)
 
 
-def _song_rows(network: NCSNpp, path: Path, shapes: Mapping[Path, tuple], order: str) -> np.ndarray | None:
+def _song_rows(network: NCSNpp, path: str, shapes: Shapes, order: str) -> np.ndarray | None:
     """As `_rows`, for NCSNpp, which keeps q, k and v apart, of a single head."""
-    if path[0].startswith("AttnBlockpp") and path[1] in ("NIN_0", "NIN_1", "NIN_2"):
+    if part := re.match(r"AttnBlockpp_\d+/NIN_([012])/", path):
         channels = shapes[path][-1]
-        return ORDERS[order](channels, 1).reshape(3, channels)[int(path[1][-1])]
+        return ORDERS[order](channels, 1).reshape(3, channels)[int(part[1])]
     return None
-
-
-def _shapes(network: nn.Module, image_shape: tuple[int, int, int]) -> dict[Path, tuple]:
-    """The shape of every parameter, by Flax path."""
-    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(network.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.float32))
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables["params"]).items()}
-
-
-def _imported(
-    state: Mapping[str, np.ndarray],
-    names: Mapping[str, str],
-    shapes: Mapping[Path, tuple],
-    rows_of: Callable[[Path], np.ndarray | None],
-    unused: set[str],
-) -> dict:
-    """The tree of parameters of these shapes, float32; UserError for what is missing, left over or of another shape."""
-    params, used = {}, set(unused)
-    for path, shape in shapes.items():
-        layer, leaf = "/".join(path[:-1]), path[-1]
-        name = names.get("/".join(path)) or names.get(layer, layer) + "." + LEAVES.get(leaf, leaf)
-        if name not in state:
-            raise UserError(f"the checkpoint has no {name}, which the configured network needs for {'/'.join(path)}")
-        used.add(name)
-        array, rows = np.asarray(state[name]), rows_of(path)
-        if rows is not None and len(array) > rows.max():
-            array = array[rows]
-        if array.ndim > 1 and not name.startswith("label_emb") and array.size == np.prod(array.shape[:2] + shape[:-2]):
-            array = array.reshape(*array.shape[:2], *shape[:-2]).transpose(*range(2, len(shape)), 1, 0)
-        if array.shape != shape:
-            raise UserError(
-                f"{name} of the checkpoint gives shape {array.shape}, "
-                f"but {'/'.join(path)} of the configured network has {shape}"
-            )
-        if not jnp.issubdtype(array.dtype, np.floating):
-            raise UserError(
-                f"{name} of the checkpoint has type {array.dtype}, but parameters are floating-point numbers"
-            )
-        params[path] = np.asarray(array, np.float32)
-    if left := state.keys() - used:
-        raise UserError(f"the configured network has no place for {len(left)} entries, such as {min(left)}")
-    return traverse_util.unflatten_dict(params)
