@@ -237,6 +237,7 @@ _LITERALS = (
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINSTRING", "SHORT_BINSTRING"),  # of Python 2, as one character a byte
 )
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -258,7 +259,7 @@ def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] |
 
     try:
         for opcode, argument, position in pickletools.genops(program):
-            payload += len(argument) if isinstance(argument, bytes) else 0
+            payload += len(argument) if isinstance(argument, bytes) or opcode.name == "BINSTRING" else 0
             if position - payload > _LARGEST_PICKLE:
                 raise _Malformed("its pickle is longer than any checkpoint's")
             match opcode.name:
@@ -307,8 +308,8 @@ def _unpickled(program: io.BytesIO | mmap.mmap, calls: dict[_Global, Callable] |
                 case "BUILD":
                     # Attributes of a dictionary: PyTorch gives a state_dict its `_metadata`, which is of no use here.
                     attributes = stack.pop()
-                    if isinstance(_expect(stack[-1], dict, _Object), _Object) and isinstance(attributes, dict):
-                        stack[-1].attributes.update(attributes)
+                    if isinstance(_expect(stack[-1], dict, _Object), _Object):
+                        stack[-1].attributes.update(attributes if isinstance(attributes, dict) else {"": attributes})
                 case "STOP":
                     return stack.pop()
                 case name:
@@ -578,3 +579,34 @@ def _expect(value: Any, *types: type) -> Any:
 
 def _one_line(error: Any) -> str:
     return " ".join(str(error).split())[:100]
+
+
+# -- pickled arrays --
+
+
+def read_arrays(content: bytes, where: str) -> dict:
+    """A pickled dict of arrays of unsigned bytes, lists and text, as CIFAR's Python batches are; nothing is called."""
+    made = lambda name: lambda arguments: _Object(name, {"arguments": arguments})
+    calls = {
+        **{_Global(f"numpy.{core}.multiarray", "_reconstruct"): made("ndarray") for core in ("core", "_core")},
+        _Global("numpy", "ndarray"): made("ndarray"),
+        _Global("numpy", "dtype"): made("dtype"),
+        _Global("_codecs", "encode"): lambda arguments: _expect(arguments[0], str).encode("latin-1"),
+    }
+    try:
+        return {key: _array_of(value) for key, value in _expect(_unpickled(io.BytesIO(content), calls), dict).items()}
+    except (_Malformed, ValueError, IndexError) as error:
+        raise UserError(f"{where} is no pickle of arrays: {_one_line(error)}") from None
+
+
+def _array_of(value: Any) -> Any:
+    """The array that NumPy's object stands for; any other value as it is."""
+    match value:
+        case _Object(
+            "ndarray", {"": (_, tuple() as shape, _Object("dtype", {"arguments": (str() as code, *_)}), _, data)}
+        ):
+            data = data.encode("latin-1") if isinstance(data, str) else _expect(data, bytes)
+            if code not in ("u1", "|u1") or not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise _Malformed(f"it has an array of {_one_line(code)} {shape} where unsigned bytes belong")
+            return np.frombuffer(data, np.uint8).reshape(shape)
+    return value
