@@ -93,7 +93,7 @@ def _binary(content: bytes, hundred: bool, where: str) -> tuple[np.ndarray, np.n
     if not content or len(content) % row:
         raise UserError(f"{where} is {len(content)} bytes long, expected a multiple of {row}: download it again")
     rows = np.frombuffer(content, np.uint8).reshape(-1, row)
-    return rows[:, 1 + hundred :].reshape(-1, 3, 32, 32), rows[:, hundred].astype(np.int32)
+    return rows[:, 1 + hundred :].reshape(-1, 3, 32, 32), rows[:, int(hundred)].astype(np.int32)
 
 
 def _python(content: bytes, hundred: bool, where: str) -> tuple[np.ndarray, np.ndarray]:

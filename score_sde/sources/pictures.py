@@ -15,7 +15,9 @@ from score_sde.errors import UserError, one_line
 
 T = TypeVar("T")
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` refuses them by name
+# `decode` refuses bombs by name, and EXIF that is damaged is left alone
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # of the decoders behind Pillow's many others, one starts a program
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for 8-bit images of that many channels
