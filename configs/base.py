@@ -39,12 +39,13 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     config.seed = 42
 
     config.data = data = ConfigDict()
-    data.dataset = "cifar10"  # "digits", a tensorflow-datasets name, an .npz, an IDX file or folder, a folder of images
+    data.dataset = "cifar10"  # "digits", a tensorflow-datasets name, or a path (docs/use.md has the table of readers)
     data.data_dir = placeholder(str)  # where tensorflow-datasets keeps its data; None: its own default
     data.image_size = 32
     data.num_channels = 3
     data.crop = placeholder(int)  # side of a central crop before resizing
-    data.resize = "none"  # "none", "pad", "crop_resize" or "resize_crop" (score_sde/sources.py)
+    data.resize = "none"  # "none", "pad", "crop_resize" or "resize_crop" (score_sde/sources/)
+    data.skip_damaged = False  # in the place of a damaged image put the next that is whole, and count
     data.centered = not exploding  # data range [-1, 1] instead of [0, 1]
     data.random_flip = True
     data.uniform_dequantization = False

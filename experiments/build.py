@@ -1,7 +1,7 @@
 """A config becomes objects; a mistake in it is named here, before any work."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,13 +95,29 @@ def space_of(config: ConfigDict, *, dequantize: bool | None = None) -> Space:
     return space.pixels(shape, centered=fields.centered, dequantize=dequantize)
 
 
-def images_of(config: ConfigDict, split: str) -> Images:
-    """A split of a config's data set, as uint8 images, whose labels are classes of the network if it has any."""
-    keys = ("image_size", "num_channels", "resize", "crop", "data_dir")
+def images_of(config: ConfigDict, split: str, *, tell: bool = True) -> Images:
+    """A split of a config's data set, as uint8 images, whose labels are classes of the network if it has any.
+
+    tell: say what was passed over in the set, and which class each label is.
+    """
+    keys = ("image_size", "num_channels", "resize", "crop", "data_dir", "skip_damaged")
     images = sources.load(config.data.dataset, split, **{key: config.data[key] for key in keys})
+    if tell:
+        over = [f"{images.name}: passed over {len(images.damaged)} damaged image(s)"] * bool(images.damaged)
+        print("".join(f"{line}\n" for line in [*images.notes, *over, *class_lines(images.classes)]), end="")
     field = "num_outputs" if is_classifier(config) else "num_classes"
     num_classes = config.model.get(field, 0)
     return checked_labels(images, num_classes, f"model.{field}") if num_classes else images
+
+
+def class_lines(classes: Sequence[str] | None, most: int = 20) -> list[str]:
+    """A line of the names of labels 0, 1, ..., shortened if they are many; none if their names are their numbers."""
+    if not classes or list(classes) == list(map(str, range(len(classes)))):
+        return []
+    shown = [f"{label} {name}" for label, name in enumerate(classes)]
+    if len(shown) > most:
+        shown = [*shown[: most - 1], "...", shown[-1]]
+    return [f"classes: {', '.join(shown)}".encode(errors="replace").decode()]
 
 
 def loss_of(config: ConfigDict, trained: Diffusion | Classifier) -> Callable:

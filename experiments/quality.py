@@ -15,7 +15,7 @@ import numpy as np
 from ems.statistics import EMS
 from experiments import build, program, runs, samplers
 from score_sde import data, files, parallel, sources
-from score_sde.errors import UserError, one_line
+from score_sde.errors import UserError
 from score_sde.metrics import distances, features, inception
 from solvers.tableau import Tableau
 
@@ -130,21 +130,33 @@ def of_images(config, network, path: str, reference_path: str | None = None) -> 
 def given_images(config, path: pathlib.Path) -> data.Images:
     """Anyone's images; of any one size for the Inception network, of the config's for others."""
     fields = config.data
-    if path.suffix == ".npz" and path.is_file():
-        try:
-            arrays = files.load_npz(path, ("samples", "images"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable .npz: {one_line(error)}") from None
-        if not arrays:
-            raise UserError(f"{path} holds neither `samples` nor `images`")
-        raw = sources.from_arrays(next(iter(arrays.values())), None, str(path))
-        if raw.size < 2:
-            raise UserError(f"{path} holds {raw.size} images, which have no covariance: give more")
-        return data.Images(str(path), raw.size, functools.partial(data.gather, raw.arrays))
-    images = sources.load(str(path), "all", image_size=fields.image_size, num_channels=fields.num_channels)
+    place = str(path) if path.is_absolute() else f"./{path}"  # no name of tensorflow-datasets
+    if path.suffix in (".npz", ".npy") and path.is_file():
+        source = sources.read_source(place)
+        raw = sources.choose_split(source.splits, "all", str(path))
+        if raw.arrays is None:
+            raise UserError(f"{path} holds splits of several sizes: give one of them")
+        images = data.Images(str(path), raw.size, functools.partial(data.gather, raw.arrays), notes=source.notes)
+    else:
+        images = sources.load(place, "all", image_size=fields.image_size, num_channels=fields.num_channels)
+    print("".join(f"{line}\n" for line in images.notes), end="")
     if images.size < 2:
-        raise UserError(f"{path} holds one image, which has no covariance: give more")
+        raise UserError(f"{path} holds {images.size} images, which have no covariance: give more")
     return images
+
+
+def reference_statistics(config, network, path: str) -> features.Statistics:
+    """Statistics of a file, or of the images that are there, as guided diffusion's samples are."""
+    place = pathlib.Path(path).expanduser()
+    try:
+        held = files.npz_names(place) if place.is_file() else ()
+    except (OSError, ValueError):
+        held = ()  # features.load tells why
+    if not place.is_dir() and place.suffix != ".zip" and ("mu" in held or not set(held) & set(sources.ARRAY_NAMES)):
+        return features.load(path, network)
+    images = given_images(config, place)
+    provenance = dict(images=str(path), n=images.size) | network.identity()
+    return features.statistics(measured_images(network, images, images.size), provenance)
 
 
 def measured_images(network, images, n: int) -> features.Measured:
@@ -179,10 +191,12 @@ def compared(config, network, found: features.Measured, reference_path: str | No
     if reference_path is None:
         reference, path = data_statistics(config, network, "train")
     else:
-        reference, path = features.load(reference_path, network), reference_path
+        reference, path = reference_statistics(config, network, reference_path), reference_path
     test, _ = data_statistics(config, network, "test", found.moments.n)
     floor = distances.frechet_distance(test.mean, test.covariance, reference.mean, reference.covariance)
     against = f"{reference.n} training images" if reference.provenance else f"{path}, whose origin is unknown"
+    if "images" in reference.provenance:
+        against = f"{reference.n} images of {path}"
     about = dict(distance=network.distance, dimension=network.dimension, against=against, reference=str(path))
     floor = dict(floor=floor, floor_num_samples=test.n)
     return features.compare(found, reference) | floor | about | network.identity()

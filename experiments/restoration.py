@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from experiments import build, figures, runs
 from score_sde import sources
@@ -70,15 +71,15 @@ class Known(NamedTuple):
 def known_of(model: runs.Model, task: str, image: str | None = None, mask: str | None = None) -> Known:
     """What is known where task is "inpaint" or "colorize".
 
-    image: a file; test images, PER_IMAGE samples each, if None. mask: a file, white where the image is known; the upper
-    half is if None.
+    image: a file; test images, PER_IMAGE samples each, if None. mask: a file as for `read_mask`; if None, the upper
+    half is known.
     """
     (height, width, channels), space = model.diffusion.space.shape, model.diffusion.space
     known = None
     if task == "inpaint":
         known = np.broadcast_to(np.arange(height)[:, None] < height // 2, (height, width))
         if mask is not None:
-            known = read_image(mask, space, gray=True)[..., 0] > 127
+            known = read_mask(mask, space)
         known = known[None, :, :, None]
     elif channels == 1:
         raise UserError(f"--task=colorize: the images of {model.config.data.dataset} are gray: use another model")
@@ -91,18 +92,53 @@ def known_of(model: runs.Model, task: str, image: str | None = None, mask: str |
     return Known(space, model.diffusion.sde, images, known, image is None)
 
 
-def read_image(path: str, space: Space, *, exact: bool = False, gray: bool = False) -> np.ndarray:
-    """A file as uint8 (H, W, C), refused unless its size is the model's; gray: of one channel, whatever the model's.
+def read_image(path: str, space: Space, *, exact: bool = False) -> np.ndarray:
+    """A file as uint8 (H, W, C), refused unless its size is the model's.
 
     exact: refuse an image of other colours than the model's instead of converting it.
     """
-    height, width, ours = space.shape
+    image, channels = opened(path, space), space.shape[2]
+    pixels = np.asarray(image.convert("RGBA"))
+    clear = int((pixels[..., 3] < 255).sum())
+    if clear:
+        print(f"{path}: {clear} transparent pixels have the colours stored below; --mask={path} makes them the hole")
+    gray = image.mode in ("1", "L", "LA") or (channels == 1 and (pixels[..., :3] == pixels[..., :1]).all())
+    theirs = 1 if gray else 3
+    if exact and theirs != channels:
+        raise UserError(f"{path} has {theirs} colour channel(s), the model's images have {channels}: convert it")
+    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(space.shape)
+
+
+def read_mask(path: str, space: Space) -> np.ndarray:
+    """True where a mask says that an image is known: bool (H, W). Says how much that is.
+
+    What is transparent is the hole. Of the rest the lighter of two levels is known, as in files of 0 and 1, or of more
+    levels the upper half; where it has one colour or many and something is transparent, as an image with a hole, all of
+    it is. Refuses a mask that knows nothing or everything.
+    """
+    pixels = np.asarray(opened(path, space).convert("RGBA"))
+    level, opaque = np.asarray(Image.fromarray(pixels[..., :3]).convert("L")), pixels[..., 3] > 127
+    levels = np.unique(level[opaque])
+    known = level > (127 if len(levels) != 2 else levels.mean())
+    if not opaque.all():
+        if len(levels) and levels.max() <= 1:
+            raise UserError(f"{path} is black or transparent everywhere: make the known part white, the hole black")
+        known = opaque & (known if len(levels) == 2 else True)
+    share = known.mean()
+    if share in (0, 1):
+        what = "knows nothing of the image" if share == 0 else "leaves nothing to paint"
+        raise UserError(f"{path} {what}: make the known part white, and the hole black or transparent")
+    how = f", levels {levels[0]} and {levels[1]}" if len(levels) == 2 and levels.max() < 128 else ""
+    print(f"mask: {share:.0%} of the pixels known{how}")
+    return known
+
+
+def opened(path: str, space: Space) -> Image.Image:
+    """An image file of the model's size."""
+    height, width, _ = space.shape
     if not pathlib.Path(path).is_file():
         raise UserError(f"no such image {path}")
     image = sources.decode(pathlib.Path(path), path)
     if (image.height, image.width) != (height, width):
         raise UserError(f"{path} is {image.width}x{image.height}, the model's images are {width}x{height}: resize it")
-    theirs, channels = 1 if image.mode in ("1", "L", "LA") else 3, 1 if gray else ours
-    if exact and theirs != ours:
-        raise UserError(f"{path} has {theirs} colour channel(s), the model's images have {ours}: convert it")
-    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(height, width, channels)
+    return image

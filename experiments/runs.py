@@ -22,9 +22,11 @@ PRETRAINED = pathlib.Path(os.path.relpath(pathlib.Path(__file__).resolve().paren
 BOXED = "fashion_mnist"  # the packed model that is taken where there is no run
 # Fields that a continued run may change: how it ends and how it is watched, nothing of what it did so far.
 FREE = (
+    "data.skip_damaged",
     *(f"training.{field}" for field in ("n_iters", "cooldown", "accumulate", "non_finite")),
     *(f"training.{field}_freq" for field in ("log", "eval", "checkpoint", "keep")),
 )
+CLASSES = "classes.json"  # in a run folder: the names of labels 0, 1, ..., if they have any
 START = "start.json"  # in a run folder: the history of the model whose parameters the run started from
 FREE_SECTIONS = ("sampling.", "ems.", "eval.")
 
@@ -172,6 +174,8 @@ def open_model(workdir: str | None = None, step: int | None = None, *, dataset: 
     if not packed.is_packed(folder):
         model = Model(folder, config, diffusion, *_averaged(folder, template, step))
         print(f"model: {model.name}")
+        if diffusion.num_classes:
+            print("".join(f"{line}\n" for line in build.class_lines(read_classes(folder))), end="")
         return model
     params, provenance = packed.load(folder, template)
     model = Model(folder, config, diffusion, params, provenance["step"], provenance["identity"])
@@ -191,7 +195,7 @@ def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifi
     classifier = build.classifier_of(config)
     template = jax.eval_shape(classifier.init, jax.random.key(0))
     trained = TrainedClassifier(folder, config, classifier, *_averaged(folder, template, None))
-    print(f"classifier: {trained.name}")
+    print("\n".join([f"classifier: {trained.name}", *build.class_lines(read_classes(folder))]))
     if model is not None:
         about = lambda value: (("sde", value.sde), ("image_shape", value.space.shape), ("data_range", value.space[3:]))
         for (what, theirs), (_, ours) in zip(about(classifier), about(model.diffusion), strict=True):
@@ -242,6 +246,9 @@ def with_guidance(
         raise UserError(f"--label={label}: {model.name} has no classes: {OF_CLASSES}")
     if label >= diffusion.num_classes:
         raise UserError(f"--label={label}: the classes of {model.name} are 0 to {diffusion.num_classes - 1}")
+    names = read_classes(model.workdir)
+    if names is not None and label < len(names):
+        print(f"label {label}: {names[label]}")
     return model._replace(diffusion=diffusion._replace(conditions=lambda index: jnp.full_like(index, label)))
 
 
@@ -255,6 +262,17 @@ def history(model: Model) -> list[dict]:
         log, before = found and found[0], read_start(model.workdir / START)
     about = dict(name=model.workdir.name, step=model.step, identity=model.identity, training=log)
     return [about | dict(config=model.config.to_dict()), *before]
+
+
+def read_classes(folder: pathlib.Path) -> list[str] | None:
+    """The names of labels 0, 1, ... that train.py wrote into a run's folder; None if there are none."""
+    try:
+        classes = json.loads((folder / CLASSES).read_text())
+        return [str(classes[str(label)]) for label in range(len(classes))]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder / CLASSES} does not name classes ({one_line(error)}): delete it") from None
 
 
 def read_start(path: pathlib.Path) -> list[dict]:

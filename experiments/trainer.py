@@ -37,9 +37,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
         raise UserError("training.steps_per_call must divide n_iters and checkpoint_freq")
     share = dict(batch_size=fields.batch_size, seed=config.seed, **parallel.process())
     stream = data.Stream(build.images_of(config, "train"), **share)
-    held_out = data.Stream(build.images_of(config, "test"), **share)
+    # a test split may be smaller than a batch
+    held_out = data.Stream(data.repeated(build.images_of(config, "test", tell=False), fields.batch_size), **share)
     params, start = starting_params(config, model, workdir)
     runs.claim_workdir(workdir, config)
+    if stream.images.classes is not None:
+        names = {str(label): name for label, name in enumerate(stream.images.classes)}
+        files.write(workdir / runs.CLASSES, json.dumps(names, indent=2) + "\n")
     if start is not None:
         files.write(workdir / runs.START, json.dumps(start, indent=2) + "\n")
 
@@ -73,20 +77,31 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     state = training.init_state(params, optimizer, power_averages=len(fields.power_ema))
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{workdir}: {size / 1e6:.2f} M parameters, {stream.images.size} images, {jax.device_count()} device(s)")
+    marks = stream.images.marks()
     if last := checkpoints.last(lambda step: checkpoints.restore(step, state)):
         _, (state, meta) = last
         if meta["stream"] != stream_identity(config, stream):
             raise UserError(f"{workdir} was trained on other data ({meta['stream']}): restore them or start a new run")
+        if "data" in meta and data.identity(marks, meta["data"]["without"]) != meta["data"]["identity"]:
+            raise UserError(
+                f"{workdir} was trained on other data: images of {stream.images.name} were replaced, renamed or given "
+                "other labels: restore them or start a new run"
+            )
         print(f"continuing at step {int(state.step)}")
     step = int(state.step)
     state = parallel.replicate(state)
 
     # ------------------------------------------------------------------------------ the loop
     caught, stopped, windows = catch_stop_signals(), 0, 0  # the first window of the log has compiled
+    failure, damaged = None, len(stream.images.damaged)  # what ended the reading of images; those passed over
     done = lambda: int(parallel.first(state.step))  # less than `step` after an update that was not finite
-    save = lambda: checkpoints.save(
-        parallel.first(state), {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
-    )
+
+    def save():
+        without = sorted(stream.images.damaged)  # which may be restored before the run goes on
+        meta = {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
+        meta["data"] = {"identity": data.identity(marks, without), "without": without}
+        checkpoints.save(parallel.first(state), meta)
+
     looks = (fields.log_freq, fields.eval_freq, fields.checkpoint_freq, fields.keep_freq)
     with SummaryWriter(str(workdir / "tensorboard"), write_to_disk=parallel.writes()) as board:
         board.add_text(events.DEVICES, parallel.devices(), step)
@@ -99,7 +114,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                 break
             count = fields.steps_per_call - step % fields.steps_per_call
             signals = np.full(jax.local_device_count(), max(caught, default=0))
-            inputs = next_batches(batches, stream, count), step, np.int32(fields.n_iters)
+            try:
+                inputs = next_batches(batches, stream, count), step, np.int32(fields.n_iters)
+            except UserError as error:  # an image, or the disk that it is on
+                failure = error
+                break
             state, metrics, vote = step_on_devices(signals, state, *inputs)
             before, step = step, step + count
             bar.update(step - before)
@@ -119,8 +138,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                     bar.total = fields.n_iters
                     runs.claim_workdir(workdir, config)
                 windows += 1
+                if config.data.skip_damaged:
+                    damaged = tell_damaged(stream.images, damaged)
+                    board.add_scalar("damaged images", damaged, step)
             if crossed(before, step, fields.eval_freq):
-                batch = numbered(held_out.batch(step // fields.eval_freq), held_out)
+                try:
+                    batch = numbered(held_out.batch(step // fields.eval_freq), held_out)
+                except UserError as error:
+                    failure = error
+                    break
                 value = parallel.first(held_out_loss(state.ema, parallel.shard_own(batch), step))
                 board.add_scalar("held-out loss (EMA)", value, step)
             if crossed(before, step, fields.checkpoint_freq) or step == fields.n_iters:
@@ -129,7 +155,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                 show(parallel.first(state.ema), workdir, board, step)
         batches.close()
         bar.close()
-    if stopped or done() < step:
+    if failure is not None and not parallel.alone():  # the others are at the step that this process cannot take
+        raise failure
+    if config.data.skip_damaged:
+        tell_damaged(stream.images, damaged)
+    if stopped or failure is not None or done() < step:
         save()
     checkpoints.wait()
     if done() < step:
@@ -138,6 +168,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
             f"loss or gradient is not finite at step {done()}, batch {done()} of the stream, which begins with images "
             f"{first} of {stream.images.name}: the state before it is saved in {checkpoints.folder}: start anew with a "
             "lower optim.lr, or pass over such batches, --config.training.non_finite=skip"
+        )
+    if failure is not None:
+        raise UserError(
+            f"{failure}: the {done()} steps before it are saved in {checkpoints.folder}: restore that image and go on "
+            "by the same command, or pass over damaged ones, --config.data.skip_damaged=True"
         )
     ended = "stopped" if stopped else "finished"
     how = f"; continue with python train.py --workdir={workdir}" if stopped else ""
@@ -166,6 +201,14 @@ def starting_params(config, model, workdir):
 def stream_identity(config, stream) -> str:
     """What the position in the stream refers to."""
     return f"{config.data.dataset} {stream.images.size} images, batch {config.training.batch_size}, seed {config.seed}"
+
+
+def tell_damaged(images: data.Images, told: int) -> int:
+    """How many damaged images were passed over; says so if they are more than were told of."""
+    found = list(images.damaged.values())
+    if len(found) > told:
+        tqdm.write(f"{images.name}: passed over {len(found)} damaged image(s), lastly: {found[-1]}")
+    return len(found)
 
 
 def ending(step: int, left: float, fields) -> int:
@@ -215,7 +258,7 @@ def samples(model: Diffusion, n: int = 36):
 
 def accuracy(config, classifier: Classifier, n: int = 1000, levels: int = 6):
     """(params, workdir, board, step): show a classifier's accuracy on n test images at times t_min to t_max."""
-    images, sde = build.images_of(config, "test"), classifier.sde
+    images, sde = build.images_of(config, "test", tell=False), classifier.sde
     batch = images.take(np.arange(min(n, images.size)))
     keys = jax.random.split(jax.random.key(0), len(batch["label"]))
     times = np.linspace(sde.t_min, sde.t_max, levels, dtype=np.float32)

@@ -10,9 +10,11 @@ times as fast as one call per image, and the step alone is the iterator's state.
 
 import collections
 import functools
+import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +26,33 @@ class Images(NamedTuple):
     """One split, ready to train on.
 
     take: indices (b,) -> {"image": uint8 (b, H, W, C), "label": int32 (b,)}, without "label" if the set has none.
+    classes: the names of labels 0, 1, ..., if they have any.
+    notes: lines that a user should know of the whole set, such as what was passed over.
+    damaged: what is wrong with the images that were found damaged so far, by index.
+    marks: () -> a hash of each image as stored, uint64 (size,).
     """
 
     name: str
     size: int
     take: Callable[[np.ndarray], dict[str, np.ndarray]]
+    classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    damaged: Mapping[int, str] = MappingProxyType({})
+    marks: Callable[[], np.ndarray] | None = None
+
+
+def repeated(images: Images, least: int) -> Images:
+    """The images over and over again, whole times, until there are at least so many; as they are if there are."""
+    times = -(-least // images.size)
+    return images._replace(
+        size=times * images.size, take=lambda indices: images.take(np.asarray(indices) % images.size)
+    )
+
+
+def identity(marks: np.ndarray, without: Collection[int] = ()) -> str:
+    """A hash of a set's `marks` that changes with any of its images but those `without`."""
+    kept = np.delete(marks, sorted(without))
+    return hashlib.sha256(kept.astype("<u8").tobytes()).hexdigest()
 
 
 def gather(arrays: dict[str, np.ndarray], indices) -> dict[str, np.ndarray]:
@@ -59,7 +83,9 @@ class Stream:
         if batch_size < 1 or batch_size % process_count:
             raise UserError(f"batch_size {batch_size} is not a positive multiple of the {process_count} processes")
         if batch_size > images.size:
-            raise UserError(f"batch_size {batch_size} exceeds the {images.size} images of {images.name}")
+            raise UserError(
+                f"batch_size {batch_size} exceeds the {images.size} images of {images.name}: take a smaller one"
+            )
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.block = np.arange(batch_size).reshape(process_count, -1)[process_index]
 

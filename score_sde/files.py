@@ -50,6 +50,15 @@ def save_npz(path, arrays: dict, *, compressed: bool = False):
 MOST_DEFLATED = 1032  # deflate shrinks at most so many times, so a header that promises more is lying
 
 
+def npz_names(path) -> list[str]:
+    """The names of the arrays in an .npz. Raises OSError or ValueError as `load_npz`."""
+    with open(path, "rb") as file:
+        try:
+            return [name.removesuffix(".npy") for name in zipfile.ZipFile(file).namelist()]
+        except Exception as error:
+            raise ValueError(one_line(error)) from None
+
+
 def load_npz(path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of an .npz that have one of these names, or all of them; nothing in it is executed.
 

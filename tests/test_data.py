@@ -265,8 +265,8 @@ def test_tfds(tfds_dir):
         values = batch["image"][:, 0, 0, 0]
         assert sorted(values) == list(expected)
         np.testing.assert_array_equal(batch["label"], values % 3)
-    with pytest.raises(UserError, match="no split 'dev': choose one of train, validation"):
-        load("tiny_toy", "dev", image_size=6, num_channels=3, data_dir=tfds_dir)
+    with pytest.raises(UserError, match="no split 'night': choose one of train, validation"):
+        load("tiny_toy", "night", image_size=6, num_channels=3, data_dir=tfds_dir)
     with pytest.raises(UserError, match=r"tiny_toy \(train\), image 0 is 6x6, but image_size is 8"):
         load("tiny_toy", "train", image_size=8, num_channels=3, data_dir=tfds_dir)
 

@@ -99,10 +99,7 @@ READERS = {
     "images in .npz": ("a.npz", npz(images=EIGHT, labels=np.arange(20)), images),
     "IDX": ("a-images-idx3-ubyte", idx(EIGHT), images),
     "IDX, compressed": ("a-images-idx3-ubyte.gz", gzip.compress(idx(EIGHT)), images),
-    **{
-        kind: (f"a.{kind.lower()}", encoded(kind), lambda path: sources.decode(path, "a"))
-        for kind in sources.IMAGE_FORMATS
-    },
+    **{kind: (f"a.{kind.lower()}", encoded(kind), lambda path: sources.decode(path, "a")) for kind in sources.FORMATS},
     "latents": ("a.npz", npz(latents=np.ones((4, 8, 8, 1))), lambda path: measuring.latents(MODEL, path)),
     "EMS": ("a.npz", written(statistics.save, EMS), statistics.load),
     "EMS, origin": ("a.npz", written(statistics.save, EMS), statistics.load_origin),

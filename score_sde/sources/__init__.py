@@ -1,0 +1,287 @@
+"""Images of any source as splits of square uint8 images; READERS is the table of what is read."""
+
+import functools
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from score_sde.data import Images, gather, permutation
+from score_sde.errors import UserError
+from score_sde.sources import arrays, cifar, hubs, trees
+from score_sde.sources.pictures import FORMATS, RESIZE_RULES, SUFFIXES, DamagedImage, decode, fit, patiently
+from score_sde.sources.raw import Raw, Source, from_arrays, is_hidden, joined, split_called, subset
+
+__all__ = [
+    "ARRAY_NAMES",
+    "FORMATS",
+    "READERS",
+    "DamagedImage",
+    "Raw",
+    "Source",
+    "choose_split",
+    "decode",
+    "fit",
+    "from_arrays",
+    "load",
+    "read_source",
+]
+ARRAY_NAMES = tuple(arrays.NAMES)  # what images are called in .npz files
+MEMORY_BYTES = 2**30  # larger splits are decoded batch by batch
+TENTHS = 10  # a set that is not divided gives its last tenth to "test", if it has so many images
+
+
+def load(
+    dataset: str,
+    split: str,
+    *,
+    image_size: int,
+    num_channels: int,
+    resize: str = "none",
+    crop: int | None = None,
+    data_dir: str | None = None,
+    skip_damaged: bool = False,
+) -> Images:
+    """One split of a data set, as square images.
+
+    dataset: "digits" (8x8 gray, in scikit-learn); the name of a tensorflow-datasets set, such as "cifar10" or
+        "lsun/bedroom", kept under `data_dir`; or a path that one of READERS reads. A file or folder named like a
+        tensorflow-datasets set is written "./name".
+    split: "train", "test" (the validation split of sets that lack a test split), or any name of the set's own. A set
+        with one split only is divided: the last tenth of a fixed permutation is "test"; one of fewer than ten images is
+        both whole. "all" is the whole set, its splits one after another.
+    crop: side of a central square taken first (140 for the published CelebA).
+    resize: "none", images must have image_size already; "pad", black borders; "crop_resize", central square, then
+        bicubic (published LSUN); "resize_crop", shorter side to image_size bilinear, then central square (published
+        LSUN at 128, and CelebA after its crop). Both antialias and round to uint8, where the published code keeps
+        floats or truncates.
+    num_channels: 1 or 3. Gray repeats to RGB, RGB becomes gray by luma (ITU-R 601), alpha is dropped: the conventions
+        of Pillow, hence of the field's folder readers. 16-bit gray and float images are refused. EXIF turns images.
+    skip_damaged: put the next image of the set that can be decoded in the place of one that cannot.
+
+    Splits under 1 GiB decoded are decoded now; of larger ones the first image is, as a check, and the rest by threads
+    as batches ask, so a bad image deep inside is reported when it is reached. Raises UserError for any unusable input.
+    """
+    if resize not in RESIZE_RULES:
+        raise UserError(f"unknown resize rule {resize!r}: choose one of {', '.join(RESIZE_RULES)}")
+    if num_channels not in (1, 3):
+        raise UserError(f"num_channels is {num_channels}, expected 1 or 3")
+    if image_size < 1 or (crop is not None and crop < 1):
+        raise UserError(f"image_size is {image_size} and crop is {crop}: expected positive numbers of pixels")
+    source = read_source(dataset, data_dir)
+    raw = choose_split(source.splits, split, dataset)
+    if raw.size == 0:
+        raise UserError(f"{dataset}: split {split} holds no images")
+    name, shape, damaged = f"{dataset} ({split})", (image_size, image_size, num_channels), {}
+    notes = source.notes
+    if len(source.splits) == 1 and split in ("train", "test") and raw.size < TENTHS and undivided(source.splits):
+        notes += (f"{dataset}: {raw.size} image(s), of which all are for training and for test; {TENTHS} are divided",)
+    told = dict(classes=source.classes, notes=notes, damaged=damaged, marks=functools.partial(marks, raw))
+
+    if raw.arrays and raw.arrays["image"].shape[1:] == shape and not crop:
+        return Images(name, raw.size, functools.partial(gather, raw.arrays), **told)
+
+    def read(i):
+        where = f"{name}, image {i}" if raw.name is None else str(Path(dataset) / raw.name(i))
+        image, label = patiently(lambda: raw.record(i), where)
+        if label is not None and label < 0:
+            raise UserError(f"{where} has the label {label}; labels count from 0")
+        return fit(image, where, image_size, num_channels, resize, crop), label
+
+    def fitted(i):
+        for k in range(raw.size if skip_damaged else 1):
+            j = int(i + k) % raw.size
+            if j not in damaged or not skip_damaged:
+                try:
+                    return read(j)
+                except UserError as error:
+                    damaged[j] = str(error)
+                    if not (skip_damaged and isinstance(error, DamagedImage)):
+                        raise
+        raise DamagedImage(f"{damaged[int(i)]}, nor is any other image of {name}")
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    apply = map if raw.arrays else pool.map  # decoding leaves the interpreter's lock, array work does not
+
+    def take(indices):
+        images, labels = zip(*apply(fitted, indices), strict=True)
+        batch = {"image": np.stack(images)}
+        return batch if None in labels else batch | {"label": np.array(labels, np.int32)}
+
+    take([0])
+    if raw.size * math.prod(shape) < MEMORY_BYTES:
+        take = functools.partial(gather, take(range(raw.size)))
+        pool.shutdown()
+    return Images(name, raw.size, take, **told)
+
+
+def choose_split(splits: dict[str, Raw], split: str, dataset: str) -> Raw:
+    """The split of that name, by the rules in `load`."""
+    if split in splits and not (len(splits) == 1 and split in ("train", "test")):
+        return splits[split]
+    if split == "all":
+        return joined(list(splits.values()), dataset)
+    if len(splits) == 1 and split in ("train", "test"):
+        (whole,) = splits.values()
+        if undivided(splits):
+            return whole
+        cut = whole.size - whole.size // 10
+        order = permutation(0, 0, whole.size)
+        return subset(whole, order[:cut] if split == "train" else order[cut:])
+    called = split_called(split)
+    meant = [name for name in splits if called and split_called(name) == called]
+    if called == "test" and not meant:
+        meant = [name for name in splits if split_called(name) == "validation"]
+    if not meant:
+        names = [*splits, "all"] if len(splits) > 1 else ("train", "test", "all")
+        raise UserError(f"{dataset} has no split {split!r}: choose one of {', '.join(names)}")
+    return splits[meant[0]]
+
+
+def undivided(splits: dict[str, Raw]) -> bool:
+    """Whether a set is too small to be divided, and so serves whole for training and for test."""
+    return len(splits) == 1 and next(iter(splits.values())).size < TENTHS
+
+
+MARKED_BYTES, MARKED = 2**30, 10_000  # of larger sets, SPREAD images at equal distances are read
+SPREAD = 1000
+
+
+def marks(raw: Raw) -> np.ndarray:
+    """A hash of each image as it is stored, uint64 (size,): its name, length, label, and content.
+
+    Of the content of more than MARKED files, or MARKED_BYTES, that of SPREAD images alone counts, so that a million
+    files take seconds.
+    """
+    lengths = [0 if raw.length is None else raw.length(i) for i in range(raw.size)]
+    in_memory = raw.arrays and raw.arrays["image"].nbytes <= MARKED_BYTES
+    whole = in_memory or (raw.size <= MARKED and sum(lengths) <= MARKED_BYTES)
+    read = set(range(raw.size) if whole else np.linspace(0, raw.size - 1, SPREAD, dtype=int).tolist())
+    found = np.zeros(raw.size, np.uint64)
+    for i, length in enumerate(lengths):
+        digest = hashlib.blake2b(f"{'' if raw.name is None else raw.name(i)} {length}".encode(errors="replace"))
+        if i in read:
+            try:
+                image, label = patiently(lambda i=i: raw.record(i), f"image {i}")
+                digest.update(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
+                digest.update(str(label).encode())
+            except DamagedImage:
+                pass
+        found[i] = int.from_bytes(digest.digest()[:8], "little")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the table of readers
+
+
+class Reader(NamedTuple):
+    """A kind of source; what tells whether a path is one of it; and what reads it, or raises UserError."""
+
+    kind: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path], Source]
+
+
+def nearby(path: Path, most: int = 1000, folders: int = 20) -> list[Path]:
+    """The file itself, or the visible files of a folder and of its few sub-folders; none if it has many of either."""
+    if not path.is_dir():
+        return [path]
+    entries = visible(path, most)
+    below = [entry for entry in entries if entry.is_dir()]
+    if len(entries) == most or len(below) > folders:
+        return []
+    inside = [file for folder in below for file in visible(folder, most)]
+    return sorted(entry for entry in [*entries, *inside] if entry.is_file())
+
+
+def visible(folder: Path, most: int) -> list[Path]:
+    return list(itertools.islice((entry for entry in folder.iterdir() if not is_hidden(entry.name)), most))
+
+
+def suffixed(*suffixes: str) -> Callable[[Path], bool]:
+    return lambda path: path.is_file() and path.suffix.lower() in suffixes
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """Parquet files where there are no images beside them."""
+    files = nearby(path)
+    found = [file for file in files if file.suffix.lower() == ".parquet"]
+    return [] if any(file.suffix.lower() in SUFFIXES for file in files) else found
+
+
+def read_npy_folder(path: Path) -> Source:
+    named = arrays.npy_files(nearby(path))
+    return arrays.from_named({name: arrays.mapped(file) for name, file in named.items()}, str(path))
+
+
+def read_idx(path: Path) -> Source:
+    """Of a folder every part, of a file that part alone with the labels beside it."""
+    if path.is_dir():
+        return arrays.from_idx(nearby(path), str(path))
+    source = arrays.from_idx([path, *sorted(path.parent.glob("*[-_]labels[-.]idx*"))], str(path))
+    return source._replace(splits={"train": next(iter(source.splits.values()))})
+
+
+READERS = (
+    Reader("CIFAR as downloaded", cifar.is_archive, cifar.from_archive),
+    Reader(
+        "CIFAR unpacked",
+        lambda path: bool(cifar.batches(nearby(path))),
+        lambda path: cifar.from_batches(cifar.batches(nearby(path)), str(path)),
+    ),
+    Reader("IDX", lambda path: any(map(arrays.is_idx_images, nearby(path))), read_idx),
+    Reader(".npz", suffixed(".npz"), arrays.from_npz),
+    Reader(".npy", suffixed(".npy"), arrays.from_npy),
+    Reader("folder of .npy", lambda path: path.is_dir() and bool(arrays.npy_files(nearby(path))), read_npy_folder),
+    Reader(
+        "Parquet of Hugging Face",
+        lambda path: bool(parquet_files(path)),
+        lambda path: hubs.from_parquet(parquet_files(path), str(path)),
+    ),
+    Reader("zip of images", suffixed(".zip"), trees.from_zip),
+    Reader("folder of images", Path.is_dir, trees.from_folder),
+)
+PATH_SUFFIXES = (".npz", ".npy", ".zip", ".parquet", ".gz", ".tgz", ".tar", ".bin", *SUFFIXES)
+
+
+def read_source(dataset: str, data_dir: str | None = None) -> Source:
+    """The splits of whichever source `dataset` names (see `load`)."""
+    path = Path(dataset).expanduser()
+    if dataset == "digits":
+        if path.exists():
+            raise UserError("digits is both a file or folder here and scikit-learn's set: write ./digits, or rename it")
+        return hubs.from_digits()
+    named = not dataset.startswith(("/", ".", "~")) and path.suffix.lower() not in PATH_SUFFIXES
+    if named and "-ubyte" not in path.name:
+        source = hubs.from_tfds(dataset, data_dir, missing_ok=os.path.lexists(dataset))
+        if source is not None:
+            return source
+    if not path.exists():
+        raise UserError(f"{dataset}: no such file or folder")
+    inner, reader = reader_of(path)
+    return reader.read(inner)
+
+
+def reader_of(path: Path) -> tuple[Path, Reader]:
+    """The reader of a path, and what it is to read: the path, or what alone is in a folder."""
+    inner = path
+    for _ in range(4):
+        for reader in READERS[:-1]:
+            if reader.recognises(inner):
+                return inner, reader
+        below = visible(inner, 2) if inner.is_dir() else []
+        if len(below) != 1:
+            break
+        (inner,) = below
+    if READERS[-1].recognises(path):
+        return path, READERS[-1]
+    raise UserError(
+        f"{path}: expected a folder, an .npz, or a file named *-images-idx3-ubyte[.gz], .npy, .zip, .parquet, or "
+        "CIFAR's .tar.gz: unpack other archives, and put single images into a folder"
+    )
