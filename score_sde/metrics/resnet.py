@@ -5,6 +5,7 @@ normalization, so that it has no state, and with 1x1 convolutions where a shortc
 features compare models of one data set with each other; they are not FIDs. Trained by `python -m tools.train_features`.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -79,6 +80,7 @@ def load(path: str | os.PathLike) -> tuple[dict, dict, str]:
     return params, provenance, sha256
 
 
+@functools.lru_cache
 def _shapes(image_shape: tuple[int, int, int], num_classes: int) -> dict[str, tuple[int, ...]]:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(ResNet20(num_classes).init, jax.random.key(0), images)["params"]
