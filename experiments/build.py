@@ -103,11 +103,16 @@ def images_of(config: ConfigDict, split: str, *, tell: bool = True) -> Images:
     keys = ("image_size", "num_channels", "resize", "crop", "data_dir", "skip_damaged")
     images = sources.load(config.data.dataset, split, **{key: config.data[key] for key in keys})
     if tell:
-        over = [f"{images.name}: passed over {len(images.damaged)} damaged image(s)"] * bool(images.damaged)
-        print("".join(f"{line}\n" for line in [*images.notes, *over, *class_lines(images.classes)]), end="")
+        say(images)
     field = "num_outputs" if is_classifier(config) else "num_classes"
     num_classes = config.model.get(field, 0)
     return checked_labels(images, num_classes, f"model.{field}") if num_classes else images
+
+
+def say(images: Images):
+    """Print what a user should know of a data set: what was passed over in it, and which class each label is."""
+    over = [f"{images.name}: passed over {len(images.damaged)} damaged image(s)"] if images.damaged else []
+    print("".join(f"{line}\n" for line in [*images.notes, *over, *class_lines(images.classes)]), end="")
 
 
 def class_lines(classes: Sequence[str] | None, most: int = 20) -> list[str]:

@@ -139,7 +139,7 @@ def given_images(config, path: pathlib.Path) -> data.Images:
         images = data.Images(str(path), raw.size, functools.partial(data.gather, raw.arrays), notes=source.notes)
     else:
         images = sources.load(place, "all", image_size=fields.image_size, num_channels=fields.num_channels)
-    print("".join(f"{line}\n" for line in images.notes), end="")
+    build.say(images)
     if images.size < 2:
         raise UserError(f"{path} holds {images.size} images, which have no covariance: give more")
     return images

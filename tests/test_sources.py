@@ -27,7 +27,7 @@ RNG = np.random.default_rng(0)
 
 
 def level(name: str) -> int:
-    """Of the class that a path names; 5 if it names none."""
+    """The level of the class that a path names; 5 if it names none."""
     return next((value for known, value in LEVELS.items() if known in name.lower()), 5)
 
 

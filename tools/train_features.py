@@ -19,7 +19,7 @@ import optax
 from absl import flags
 from tqdm import tqdm
 
-from experiments import program
+from experiments import build, program
 from score_sde import VERSION, data, files, seeds, sources
 from score_sde.errors import UserError
 from score_sde.metrics import resnet
@@ -66,6 +66,7 @@ def train_features(
     """Train a network, or go on where it was stopped; returns its file and provenance. Arguments as the flags."""
     load = lambda split: sources.load(dataset, split, image_size=image_size, num_channels=num_channels)
     images, held_out = load("train"), load("test")
+    build.say(images)
     everything = images.take(np.arange(images.size))
     if "label" not in everything:
         raise UserError(f"{images.name} has no labels to learn: give a labelled data set")

@@ -156,7 +156,7 @@ SPREAD = 1000
 def marks(raw: Raw) -> np.ndarray:
     """A hash of each image as it is stored, uint64 (size,): its name, length, label, and content.
 
-    Of the content of more than MARKED files, or MARKED_BYTES, that of SPREAD images alone counts, so that a million
+    The content of SPREAD images alone counts where there are more than MARKED files, or MARKED_BYTES, so that a million
     files take seconds.
     """
     lengths = [0 if raw.length is None else raw.length(i) for i in range(raw.size)]
@@ -221,7 +221,7 @@ def read_npy_folder(path: Path) -> Source:
 
 
 def read_idx(path: Path) -> Source:
-    """Of a folder every part, of a file that part alone with the labels beside it."""
+    """Every part in a folder; a file alone, with the labels beside it."""
     if path.is_dir():
         return arrays.from_idx(nearby(path), str(path))
     source = arrays.from_idx([path, *sorted(path.parent.glob("*[-_]labels[-.]idx*"))], str(path))
