@@ -221,7 +221,7 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
 def bits_per_dim(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     """Bits/dim of uniformly dequantized test images: an upper bound, in the mean, on those of their levels."""
     diffusion, fields = model.diffusion, model.config.eval.likelihood
-    pixels = build.space_of(model.config, dequantize=True)
+    pixels = build.pixels_of(model.config, dequantize=True)
     if fields.probe not in probability_flow.PROBES:
         raise UserError(f"unknown probe {fields.probe!r}: use one of {', '.join(probability_flow.PROBES)}")
     images = build.images_of(model.config, "test")
