@@ -78,7 +78,7 @@ def prompted(model: runs.Model, prompts: Prompts | None) -> runs.Model:
 
     def noise_of(params, condition=None, keys=None):
         own, contexts = params
-        return inner(own, None if condition is None else contexts[condition], keys)
+        return inner(own, None if condition is None else jnp.asarray(contexts)[condition], keys)
 
     count = len(prompts.texts)
     told = dict(noise_of=noise_of, null=np.int32(count), conditions=by_turns(count))

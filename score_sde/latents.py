@@ -55,20 +55,21 @@ def decoder(network: Autoencoder, params: dict, scale: float, at_once: int = 1) 
 def space(network: Autoencoder, params: dict, scale: float, height: int, width: int) -> Space:
     """The latents of images of height x width pixels; UserError if these are no whole number of latents.
 
-    It decodes one image after the other. `Space.decode` is to be called outside of `jax.jit`, where the parameters
-    would become constants of the program.
+    It decodes one image after the other, by a program of one image. `Space.decode` is to be called outside of `jax.jit`,
+    where the parameters would become constants of the program.
     """
     require_whole(network, height, width)
     unit = pixels((height, width, network.channels))
     params = jax.tree.map(jnp.asarray, params)
     encode_one = encoder(network, params, scale)
-    decode_all = jax.jit(lambda params, x: decoder(network, params, scale)(x))
+    decode_one = jax.jit(lambda params, x: unit.decode(decoder(network, params, scale)(x)))
 
     def encode(key: Array, image: Array) -> Array:
         return encode_one(jax.random.split(key)[1], unit.encode(key, image))
 
     shape = (height // network.factor, width // network.factor, network.embed_dim)
-    return Space(shape, encode, lambda x: unit.decode(decode_all(params, x)))
+    decode = lambda x: jnp.concatenate([decode_one(params, x[i : i + 1]) for i in range(len(x))])
+    return Space(shape, encode, decode)
 
 
 def require_whole(network: Autoencoder, height: int, width: int) -> None:
