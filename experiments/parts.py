@@ -29,7 +29,9 @@ def load(folder, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict:
             identity = (file.metadata() or {}).get("identity")
             params = unflatten_dict({key: file.get_tensor(key) for key in file.keys()}, sep="/")  # noqa: SIM118
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {path.name}, which its config.json tells of: import the model again") from None
+        raise UserError(
+            f"{folder} has no {path.name}, which its config.json tells of: import the model again"
+        ) from None
     except Exception as error:  # the library and the disk raise many types on a damaged file
         raise UserError(f"{path} is damaged ({one_line(error, 100)}): import the model again") from None
     if checkpoint.layout(params) != dict(shapes):

@@ -39,7 +39,9 @@ class Prompts(NamedTuple):
         return dict(prompts=list(self.texts), negative_prompt=self.negative)
 
 
-def read(prompt: str | None, file: str | None, negative: str | None = None) -> Prompts | None:
+def read(
+    prompt: str | None, file: str | None, negative: str | None = None, guidance: float | None = None
+) -> Prompts | None:
     """The prompts that flags give: one, or those of a text file, one a line; None where there are none."""
     if prompt is not None and file is not None:
         raise UserError("--prompt and --prompts: give one of them")
@@ -47,6 +49,8 @@ def read(prompt: str | None, file: str | None, negative: str | None = None) -> P
         if negative is not None:
             raise UserError("--negative_prompt is what guidance leads away from: it needs --prompt or --prompts too")
         return None
+    if negative and guidance in (None, 1):
+        raise UserError("--negative_prompt is what guidance leads away from: add its scale, as in --guidance=7.5")
     if file is None:
         return Prompts([prompt], negative or "")
     try:

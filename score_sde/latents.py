@@ -55,8 +55,8 @@ def decoder(network: Autoencoder, params: dict, scale: float, at_once: int = 1) 
 def space(network: Autoencoder, params: dict, scale: float, height: int, width: int) -> Space:
     """The latents of images of height x width pixels; UserError if these are no whole number of latents.
 
-    It decodes one image after the other, by a program of one image. `Space.decode` is to be called outside of `jax.jit`,
-    where the parameters would become constants of the program.
+    It decodes one image after the other, by a program of one image, outside of `jax.jit`, where the parameters would
+    become constants.
     """
     require_whole(network, height, width)
     unit = pixels((height, width, network.channels))
