@@ -1,8 +1,8 @@
 """Every field of a config, with its default and meaning.
 
-The sub-dicts `sde`, `model`, `autoencoder`, `text` and `optim` are constructor arguments. The defaults are the published ones for CIFAR-10
-with the VP SDE (Song et al. 2021, Appendix H; score_sde's default_cifar10_configs.py). What the published configs of
-other data sets and of NCSN share follows below.
+The sub-dicts `sde`, `model`, `autoencoder`, `text` and `optim` are constructor arguments. The defaults are those
+published for CIFAR-10 with the VP SDE (Song et al. 2021, Appendix H; score_sde's default_cifar10_configs.py). What the
+published configs of other data sets and of NCSN share follows below.
 """
 
 from ml_collections import ConfigDict

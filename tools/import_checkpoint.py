@@ -7,8 +7,9 @@
 
 CHECKPOINT is a file of Score-SDE's code, PyTorch (.pth with model, EMA shadow list, step) or JAX (flax msgpack), of EDM
 (.pkl), of guided diffusion (.pt), or safetensors; or a latent diffusion model, Stable Diffusion 1 and 2 among them, as
-a folder of diffusers or a single file, best with its .yaml beside it (docs/latent.md). It is read, never executed. Without --config the one of configs/ is
-taken whose network the names and shapes fit, if they fit one alone. The averaged parameters become both parameters and
+a folder of diffusers or a single file, best with its .yaml beside it (docs/latent.md). It is read, never executed.
+Without --config the one of configs/ is taken whose network the names and shapes fit, if they fit one alone; a latent
+model describes itself. The averaged parameters become both parameters and
 EMA of the run; --raw takes the others. Where a file holds one set of parameters, that one is taken.
 """
 
