@@ -5,12 +5,13 @@
     python evaluate.py --metrics=bpd,encoding               bits/dim of test images; how well the ODE brings them back
     python evaluate.py --metrics=fid --num_samples=10000 [--solver=dpmv3 --steps=10] [--network=resnet20-fashion_mnist]
     python evaluate.py --metrics=fid --solver=ddim,dpmpp,unipc,dpmv3 --steps=5,6,8,10,12,15,20      the paper's table
+    python evaluate.py --metrics=latent_mse --prompts=FILE --guidance=7.5 --solver=dpmpp,unipc,dpmv3 --steps=5,6,8,10
     python evaluate.py --metrics=samples,fid --guidance=2 [--classifier=WORKDIR]     of the model as it is guided
     python evaluate.py --samples=FOLDER --config=configs/fashion_mnist.py       anyone's images against a data set
     python evaluate.py --statistics --config=configs/fashion_mnist.py           of a data set, kept in runs/statistics/
 
 The convergence study starts the few-step solvers of STUDY from the same noise and measures the RMS distance,
-over pixels and samples in the data range, to a finely solved ODE.
+over pixels and samples in the data range, to a finely solved ODE; latent_mse, of latents, is the paper's mean square.
 
 Writes report.json, report.md and figures to <workdir>/eval/, for checkpoints named by --checkpoint to eval/step<N>/.
 What several calls measure of one checkpoint adds up in its report; `fid` adds a row for each solver, number of
@@ -23,6 +24,7 @@ import pathlib
 from absl import flags
 
 from experiments import build, evaluation, program, quality, runs, samplers
+from experiments import prompts as prompting
 from experiments import report as reports
 from score_sde import checkpoint, files
 from score_sde.errors import UserError
@@ -42,7 +44,7 @@ NETWORK = flags.DEFINE_string("network", None, "inception, resnet20-NAME or its 
 INCEPTION_WEIGHTS = flags.DEFINE_string("inception_weights", None, "pytorch-fid's file; downloaded if absent.")
 INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf (TensorFlow's) or pf (pytorch-fid's).")
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Images of fid; published numbers take 50000.", lower_bound=2)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of fid (published: 50000) and latent_mse.", lower_bound=2)
 SOLVER = flags.DEFINE_list("solver", None, "Solvers for fid, the first also for samples; the config's if absent.")
 STEPS = flags.DEFINE_list("steps", None, "Network evaluations, likewise; with each solver. The config's if absent.")
 
@@ -51,6 +53,8 @@ GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,hi
 THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data predictions in the data range.")
 CLASSIFIER = flags.DEFINE_string("classifier", None, "The run folder of a classifier that guides them.")
 LABEL = flags.DEFINE_integer("label", None, "Class of their samples; all classes by turns if absent.", lower_bound=0)
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
 
 
 def main():
@@ -80,6 +84,7 @@ def main():
             raise UserError(f"--steps={text}: expected numbers of network evaluations, as in --steps=5,10")
     for name in SOLVER.value or []:
         samplers.check_solver(name)  # before the others have worked for hours
+    told = prompting.read(None, PROMPTS.value, NEGATIVE_PROMPT.value, GUIDANCE.value)
     options = evaluation.Options(
         seed=SEED.value,
         ems=EMS.value,
@@ -90,10 +95,12 @@ def main():
         reference=REFERENCE.value,
         guidance=samplers.guidance_of(GUIDANCE.value, GUIDANCE_INTERVAL.value, THRESHOLD.value),
         label=LABEL.value,
+        prompts=told,
     )
 
     # ------------------------------------------------------------------------------ one call a checkpoint
     def evaluate(model, name="."):
+        model = prompting.prompted(model, told)
         classifier = None if CLASSIFIER.value is None else runs.open_classifier(CLASSIFIER.value, model)
         return evaluation.evaluate(model, METRICS.value, options._replace(classifier=classifier), name)
 

@@ -7,6 +7,9 @@
     python sample.py --task=class --label=3 --classifier=runs/classifier_digits      any model, guided by a classifier
     python sample.py --task=inpaint [--image=FILE.png] [--mask=FILE.png]      white is known; absent: the upper half is
     python sample.py --task=colorize [--image=FILE.png]
+    python sample.py --workdir=runs/sd --prompt="a cat" [--negative_prompt="..."] [--prompts=FILE] --guidance=7.5
+                     [--height=768 --width=512]     of a latent model with a text encoder (docs/latent.md)
+    python sample.py --image=FILE.png --strength=0.6 --solver=dpmpp         begins at a noisy image
     python sample.py --solver=ode [--option rtol=1e-5 --option atol=1e-5 --option temperature=0.9]
     python sample.py --task=interpolate                          between the latents of pairs of test images
 
@@ -23,7 +26,8 @@ samples.
 
 from absl import flags
 
-from experiments import drawing, measuring, program, restoration, runs, samplers
+from experiments import drawing, image_to_image, measuring, program, restoration, runs, samplers
+from experiments import prompts as prompting
 from experiments.config import shown
 from score_sde import parallel
 from score_sde.errors import UserError
@@ -50,6 +54,12 @@ TASK = flags.DEFINE_enum("task", None, ["inpaint", "colorize", "class", "interpo
 IMAGE = flags.DEFINE_string("image", None, "The image to complete or colour; test images if absent.")
 MASK = flags.DEFINE_string("mask", None, "Image of what is known, white, to inpaint; the upper half if absent.")
 CLASSIFIER = flags.DEFINE_string("classifier", None, "The run folder of the classifier of --task=class.")
+PROMPT = flags.DEFINE_string("prompt", None, "What samples of a model with a text encoder show.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
+STRENGTH = flags.DEFINE_float("strength", None, "How much of --image is drawn anew, from 0, nothing, to 1, all.")
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels of images of a latent model; the config's if absent.")
+WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
 NAME = flags.DEFINE_string("name", None, "Folder under <workdir>/samples/; made from the solver if absent.")
 
 
@@ -59,7 +69,9 @@ TASK_SOLVERS = {"inpaint": "pc", "colorize": "pc", "class": "dpmpp", "interpolat
 
 def main():
     # ------------------------------------------------------------------------------ flags become values
+    told = prompting.read(PROMPT.value, PROMPTS.value, NEGATIVE_PROMPT.value, GUIDANCE.value)
     plain = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
+    plain = prompting.prompted(runs.with_size(plain, HEIGHT.value, WIDTH.value), told)
     defaults, task, seed = plain.config.sampling, TASK.value, SEED.value
     solver = SOLVER.value or TASK_SOLVERS.get(task, defaults.solver)
     steps = STEPS.value or (defaults.pc_steps if solver == "pc" else defaults.steps)
@@ -69,19 +81,23 @@ def main():
             if flag.value:
                 raise UserError(f"--tableau brings its own solver, steps and options: leave out --{flag.name}")
         solver, steps, options, corrections = samplers.read_search(plain, TABLEAU.value)
-    n = NUM_SAMPLES.value or defaults.num_samples
+    n = NUM_SAMPLES.value or (defaults.num_samples if told is None else len(told.texts))
     batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
-    check_task(task, solver, image=IMAGE.value, mask=MASK.value, classifier=CLASSIFIER.value)
+    redrawn = STRENGTH.value is not None
+    check_task(task, solver, image=None if redrawn else IMAGE.value, mask=MASK.value, classifier=CLASSIFIER.value)
     classifier = runs.open_classifier(CLASSIFIER.value, plain) if task == "class" else None
     guidance = samplers.guidance_of(GUIDANCE.value, GUIDANCE_INTERVAL.value, THRESHOLD.value)
     model = runs.with_guidance(plain, guidance, label=LABEL.value, classifier=classifier)
     restored = task in ("inpaint", "colorize")
     known = restoration.known_of(plain, task, IMAGE.value, MASK.value) if restored else None
     bending_flags = (TASK, IMAGE, MASK, CLASSIFIER, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
+    bending_flags += (STRENGTH, HEIGHT, WIDTH)
     bending = {flag.name: flag.value for flag in bending_flags if flag.value is not None}
 
     # ------------------------------------------------------------------------------ the method
+    if redrawn and (solver in ("pc", "ode") or task is not None):
+        raise UserError("--strength is for few-step solvers and no --task: leave one of them out")
     if solver == "pc":
         method = drawing.pc(model, steps, options, seed=seed, known=known)
     elif solver == "ode":
@@ -96,13 +112,17 @@ def main():
         if ems is not None and classifier is not None:
             print("EMS: of the model alone, the classifier has no part in them; dpmpp needs none")
         bent = dict(ems=ems, guidance_scale=guidance.scale, corrections=corrections)
+        if redrawn:
+            options, bent["start"] = image_to_image.begun(plain, IMAGE.value, STRENGTH.value, steps, options)
         method = drawing.few_step(model, solver, steps, options, seed=seed, **bent)
 
     # ------------------------------------------------------------------------------ one call, and what is printed
     how = f"{method.evaluations} evaluations each, {shown(method.options | bending)}, seed {seed}"
+    how += "" if told is None else f", of {len(told.texts)} prompt(s)"
     print(f"{n} samples by {solver}, {how}")
     given = [text for text in OPTION.value if "/" not in text] + ["searched"] * (TABLEAU.value is not None)
     given += [f"{flag}={value}" for flag, value in bending.items() if "/" not in str(value)]
+    given += [] if told is None else [told.name]
     run = [f"step{model.step}", solver] + ([] if method.steps is None else [str(steps)])
     folder = model.results / "samples" / (NAME.value or "-".join([*run, *given, f"seed{seed}"]))
     samples = drawing.draw_and_write(
@@ -112,7 +132,7 @@ def main():
         folder,
         batch_size=batch_size,
         seed=seed,
-        bending=bending,
+        bending=bending | ({} if told is None else told.record()),
         identities=() if classifier is None else (classifier.identity,),
         known=known,
         columns=drawing.PER_PAIR if task == "interpolate" else None,

@@ -34,7 +34,7 @@ def main():
     diffusion, config, n = model.diffusion, model.config, BATCH_SIZE.value
     sde, t_min = diffusion.sde, config.eval.likelihood.t_min
     batch = build.images_of(config, "test").take(np.arange(n))
-    pixels = build.space_of(config, dequantize=True)
+    pixels = build.pixels_of(config, dequantize=True)
     x = jax.vmap(pixels.encode)(samplers.sample_keys(0, np.arange(n)), jnp.asarray(batch["image"]))
     probe = probability_flow.rademacher(jax.random.key(1), 1, x.shape)
     noise_of = lambda params: diffusion.noise_of(params, batch.get("label"))

@@ -1,8 +1,8 @@
 """Every field of a config, with its default and meaning.
 
-The sub-dicts `sde`, `model` and `optim` are constructor arguments. The defaults are the published ones for CIFAR-10
-with the VP SDE (Song et al. 2021, Appendix H; score_sde's default_cifar10_configs.py). What the published configs of
-other data sets and of NCSN share follows below.
+The sub-dicts `sde`, `model`, `autoencoder`, `text` and `optim` are constructor arguments. The defaults are those
+published for CIFAR-10 with the VP SDE (Song et al. 2021, Appendix H; score_sde's default_cifar10_configs.py). What the
+published configs of other data sets and of NCSN share follows below.
 """
 
 from ml_collections import ConfigDict
@@ -62,6 +62,12 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
 
     config.model = models.ddpmpp()  # arguments of the network `name`
 
+    config.latents = latents = ConfigDict()
+    latents.scale = 1.0  # what the network sees are the autoencoder's latents times this
+    latents.classes = 0  # of a network whose context is a row of a table, one a class and a last one for none of them
+    config.autoencoder = ConfigDict()  # arguments of the one whose latents the network sees; empty: it sees pixels
+    config.text = ConfigDict()  # arguments of the text encoder that makes the network's context; empty: it has none
+
     config.training = training = ConfigDict()
     training.batch_size = 128  # over all devices
     training.n_iters = 1_300_000
@@ -110,6 +116,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     ems.nodes = 120  # intervals of lam; the paper takes 1200, which brings little (docs/studies.md)
     ems.num_data = 1024  # images; the paper takes 4096
     ems.batch_size = 64
+    ems.own_steps = 50  # evaluations of DPM-Solver++ for each of the model's own samples, where they are measured on
     # where they end, if not at the SDE's t_min; a tenth of it serves what is published above 10 steps
     ems.t_end = placeholder(float)
 

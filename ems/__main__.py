@@ -6,7 +6,8 @@
     python -m ems --guidance=2.0                          of a class-conditional model that is sampled with guidance
     python -m ems --data=samples                          without the training images, on the model's own samples
     python -m ems --data=FILE.npz                         on latents, as they are: `latents`, (K, H, W, C) of floats
-    python -m ems published FOLDER --t_end=1e-3           take over the published l.npz and sb.npz
+    python -m ems --prompts=FILE --guidance=7.5           of a model with a text encoder, on what it draws of prompts
+    python -m ems published FOLDER --t_end=1e-3           take over the published l.npz and sb.npz, of --guidance
 
 Writes <workdir>/ems/step..._nodes..._data....npz and a picture of the curves, prints their standard errors and whether
 the number of images suffices. A stopped measurement goes on. The presets, which other flags override:
@@ -16,6 +17,7 @@ quick, 120 nodes and 1024 images; paper, 1200 nodes and 4096 images.
 from absl import flags
 
 from experiments import measuring, program, runs
+from experiments import prompts as prompting
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
 
@@ -30,6 +32,10 @@ FIRST_IMAGE = flags.DEFINE_integer("first_image", 0, "Where they begin; a machin
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; the config's if absent.", lower_bound=1)
 DATA = flags.DEFINE_string("data", None, "samples, or an .npz of latents; the training images if absent.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Measure the model guided with this scale.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; image i belongs to the i-th, by turns.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels of images of a latent model; the config's if absent.")
+WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
 T_END = flags.DEFINE_float("t_end", None, "Where the nodes end; the config's, else the SDE's t_min if absent.")
 SEED = program.seed_flag("Seed of noise and probes.")
 
@@ -42,22 +48,25 @@ def main(arguments):
     if len(files) < least[command] or (command != "merge" and len(files) > least[command]):
         raise UserError(f"python -m ems {command} takes {least[command]} file(s) (merge: or more), got {len(files)}")
     model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
+    model = runs.with_size(model, HEIGHT.value, WIDTH.value)
     if command == "merge":
         measuring.merge(model, files)
     elif command == "published":
         t_end = model.diffusion.sde.t_min if T_END.value is None else T_END.value
-        measuring.take_published(model, *files, t_end=t_end)
+        measuring.take_published(model, *files, t_end=t_end, guidance=Guidance(GUIDANCE.value))
     else:
         given = dict(nodes=NODES.value, num_data=NUM_DATA.value, batch_size=BATCH_SIZE.value, t_end=T_END.value)
         given = {name: value for name, value in given.items() if value is not None}
         budget = dict(model.config.ems) | PRESETS.get(PRESET.value, {}) | given
+        told = prompting.read(None, PROMPTS.value, NEGATIVE_PROMPT.value, GUIDANCE.value)
         measuring.measure(
-            model,
+            prompting.prompted(model, told),
             **budget,
             seed=SEED.value,
             first_image=FIRST_IMAGE.value,
             source=DATA.value,
             guidance=Guidance(GUIDANCE.value),
+            prompts=told,
         )
 
 

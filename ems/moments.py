@@ -140,11 +140,12 @@ SHARED = {
     "data": "data",
     "guidance_scale": "guidance scale",
 }
+TOLD = {"prompts": "prompts", "size": "size of latents"}  # likewise, where they are told
 
 
 def add(one: Saved, two: Saved, names: tuple[str, str]) -> Saved:
     """The measurement on the images of both; refused unless they are of one model, at one grid, on other images."""
-    for key, what in SHARED.items():
+    for key, what in (SHARED | TOLD).items():
         if one.origin.get(key) != two.origin.get(key):
             raise UserError(
                 f"{names[0]} and {names[1]} do not add up: {what} {one.origin.get(key)} and {two.origin.get(key)}"

@@ -1,21 +1,27 @@
 """A config becomes objects; a mistake in it is named here, before any work."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import parts
 from experiments.config import check_values, flat, shown
-from score_sde import denoiser, losses, models, sources, space, training
+from score_sde import denoiser, latents, losses, models, sources, space, training
 from score_sde.augmentation import NUM_LABELS, augment
 from score_sde.data import Images
 from score_sde.denoiser import Diffusion, NoiseFn
 from score_sde.errors import UserError, one_line
 from score_sde.guidance import Classifier
+from score_sde.models.autoencoder import Autoencoder
 from score_sde.models.classifier import CLASSIFIERS, LOGITS
+from score_sde.models.clip_text import CLIPText
+from score_sde.models.names import shapes_of
 from score_sde.sde import SDE, SDES
 from score_sde.space import Space
 
@@ -25,29 +31,58 @@ def is_classifier(config: ConfigDict) -> bool:
     return config.model.get("name") in CLASSIFIERS
 
 
-def diffusion_of(config: ConfigDict) -> Diffusion:
-    """The model of a config."""
+def diffusion_of(config: ConfigDict, folder: pathlib.Path | None = None) -> Diffusion:
+    """The model of a config; folder: of its run, where the other parts of a latent model are."""
     sde = _valid_sde(config)
-    hidden, num_classes = config.training.label_dropout, config.model.get("num_classes", 0)
-    if hidden and not num_classes:
+    network, told = network_of(config), _condition_of(config, folder)
+    hidden = config.training.label_dropout
+    if hidden and not told.num_classes:
         raise UserError(f"training.label_dropout is {hidden}: expected 0 unless model.num_classes is set")
     if config.training.augment and config.model.get("augment_dim", 0) != NUM_LABELS:
         raise UserError(
             f"training.augment is {config.training.augment}: expected 0 unless the network is told of it, "
             f"model.augment_dim = {NUM_LABELS}"
         )
-    network, pixels = network_of(config), space_of(config)
+    x_space = space_of(config, folder)
+    bounded = np.isfinite([x_space.low, x_space.high]).all()
+    data_range = (x_space.low, x_space.high) if bounded else (-1.0, 1.0)  # latents reach the network as they are
 
     def noise_of(params, y=None, dropout_keys=None, **labels) -> NoiseFn:
-        y = y if num_classes else None
+        y = told.network_input(y)
         apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys, **labels)
-        return denoiser.noise_fn(apply, sde, data_range=(pixels.low, pixels.high), **config.denoiser)
+        return denoiser.noise_fn(apply, sde, data_range=data_range, **config.denoiser)
 
-    init = _valid_init(config, network, pixels.shape)
-    if not num_classes:
-        return Diffusion(sde, pixels, init, noise_of)
-    null = np.int32(num_classes) if hidden else None
-    return Diffusion(sde, pixels, init, noise_of, null, denoiser.by_turns(num_classes), num_classes)
+    init = _valid_init(config, network, x_space.shape)
+    return Diffusion(sde, x_space, init, noise_of, told.null, told.conditions, told.num_classes)
+
+
+class _Condition(NamedTuple):
+    """What a network is told beside x and the time; the last three are fields of Diffusion."""
+
+    network_input: Callable = lambda y: None  # condition -> the y that the network is called with
+    null: Any = None
+    conditions: Callable = lambda index: None
+    num_classes: int = 0
+
+
+def _condition_of(config: ConfigDict, folder: pathlib.Path | None) -> _Condition:
+    """Nothing, classes, the context that a table has of each class, or one from prompts (experiments/prompts.py)."""
+    as_it_is = lambda y: y
+    if config.text:
+        return _Condition(as_it_is, conditions=_prompts_needed)
+    if features := config.model.get("context_dim", 0):
+        table = _parts(folder, parts.CLASSES, {"table": (config.latents.classes + 1, features)})["table"]
+        null = np.int32(config.latents.classes)
+        context = lambda y: None if y is None else jnp.asarray(table)[y][:, None]
+        return _Condition(context, null, denoiser.by_turns(config.latents.classes), config.latents.classes)
+    if not (classes := config.model.get("num_classes", 0)):
+        return _Condition()
+    null = np.int32(classes) if config.training.label_dropout else None
+    return _Condition(as_it_is, null, denoiser.by_turns(classes), classes)
+
+
+def _prompts_needed(index):
+    raise UserError("this model draws what prompts say: give --prompt='...' or --prompts=FILE, one a line")
 
 
 def classifier_of(config: ConfigDict) -> Classifier:
@@ -87,8 +122,38 @@ def sde_of(config: ConfigDict) -> SDE:
     return sde
 
 
-def space_of(config: ConfigDict, *, dequantize: bool | None = None) -> Space:
+def autoencoder_of(config: ConfigDict) -> Autoencoder:
+    """The autoencoder of a latent model's config."""
+    return made(Autoencoder, config.autoencoder, "autoencoder")
+
+
+def text_encoder_of(config: ConfigDict, folder: pathlib.Path) -> tuple[CLIPText, dict]:
+    """The text encoder of a run, and its parameters."""
+    network = made(CLIPText, config.text, "text encoder")
+    shapes = shapes_of(network, jax.ShapeDtypeStruct((1, network.length), jnp.int32))
+    return network, _parts(folder, parts.TEXT, shapes)
+
+
+def _parts(folder: pathlib.Path | None, name: str, shapes) -> dict:
+    if folder is None:
+        raise UserError("this is the config of a latent model, whose other parts are in its run folder: name that one")
+    return parts.load(folder, name, shapes)
+
+
+def space_of(config: ConfigDict, folder: pathlib.Path | None = None) -> Space:
+    """Where x of a config's model lives: pixels, or latents of the autoencoder in the folder of its run."""
+    if not config.autoencoder:
+        return pixels_of(config)
+    network = autoencoder_of(config)
+    image = jax.ShapeDtypeStruct((1, network.factor, network.factor, network.channels), jnp.float32)
+    params = _parts(folder, parts.AUTOENCODER, shapes_of(network, image))
+    return latents.space(network, params, config.latents.scale, config.data.image_size, config.data.image_size)
+
+
+def pixels_of(config: ConfigDict, *, dequantize: bool | None = None) -> Space:
     """The pixels of a config's images; dequantize: if not as data.uniform_dequantization says."""
+    if config.autoencoder:
+        raise UserError("this model is one of latents, whose density says nothing of pixels: it has no bits/dim")
     fields = config.data
     dequantize = fields.uniform_dequantization if dequantize is None else dequantize
     shape = (fields.image_size, fields.image_size, fields.num_channels)
@@ -100,6 +165,8 @@ def images_of(config: ConfigDict, split: str, *, tell: bool = True) -> Images:
 
     tell: say what was passed over in the set, and which class each label is.
     """
+    if not config.data.dataset:
+        raise UserError("this model was imported without its images: name them, --dataset_at=FOLDER")
     keys = ("image_size", "num_channels", "resize", "crop", "data_dir", "skip_damaged")
     images = sources.load(config.data.dataset, split, **{key: config.data[key] for key in keys})
     if tell:
@@ -157,14 +224,19 @@ def loss_of(config: ConfigDict, trained: Diffusion | Classifier) -> Callable:
 
 def construct(table: dict, section: ConfigDict, what: str):
     """table[section.name](**section), with the mistakes that a config can make in it named."""
-    arguments = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in section.items()}
-    name = arguments.pop("name", None)
+    name = section.get("name")
     if name not in table:
         raise UserError(f"unknown {what} {name!r}: use one of {', '.join(table)}")
+    return made(table[name], {key: value for key, value in section.items() if key != "name"}, f"{what} {name!r}")
+
+
+def made(constructor: Callable, section: ConfigDict | dict, what: str):
+    """constructor(**section), with arguments that it does not take named."""
+    arguments = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in section.items()}
     try:
-        return table[name](**arguments)
+        return constructor(**arguments)
     except TypeError as error:
-        raise UserError(f"{what} {name!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
 
 
 def checked_labels(images: Images, num_classes: int, field: str) -> Images:

@@ -21,7 +21,7 @@ RULES = (
             *(f"training.{name}" for name in ("batch_size", "n_iters", "accumulate", "steps_per_call")),
             *(f"training.{name}_freq" for name in ("log", "eval", "checkpoint", "keep")),
             *(f"sampling.{name}" for name in ("steps", "num_samples", "batch_size", "pc_steps")),
-            *(f"ems.{name}" for name in ("num_data", "batch_size")),
+            *(f"ems.{name}" for name in ("num_data", "batch_size", "own_steps")),
             *(f"eval.{name}" for name in ("num_data", "batch_size", "num_samples")),
             *(f"eval.likelihood.{name}" for name in ("num_data", "repeats", "num_probes")),
             *("model.nf", "model.num_res_blocks", "model.blocks_per_group", "model.channel_multiplier"),
@@ -36,6 +36,7 @@ RULES = (
         (
             *("optim.warmup", "optim.weight_decay", "optim.eps", "training.cooldown"),
             *("sampling.corrector_steps", "model.num_classes", "model.augment_dim", "model.channel_mult_noise"),
+            *("latents.classes", "model.context_dim", "model.transformer_depth", "model.out_channels"),
             *("model.num_heads", "model.num_heads_upsample", "model.head_channels", "model.groups"),
         ),
     ),
@@ -43,7 +44,7 @@ RULES = (
         "positive",
         lambda value: 0 < value < float("inf"),
         (
-            *("optim.lr", "sampling.snr", "training.t_min", "denoiser.sigma_data"),
+            *("optim.lr", "sampling.snr", "training.t_min", "denoiser.sigma_data", "latents.scale"),
             *(f"eval.likelihood.{name}" for name in ("t_min", "rtol", "atol")),
         ),
     ),
@@ -67,6 +68,8 @@ RULES = (
     ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
 )
 
+CONSTRUCTED = ("sde.", "model.", "autoencoder.", "text.")  # sections that are constructor arguments
+
 
 def flat(config) -> dict:
     """Nested fields by dotted name."""
@@ -78,10 +81,10 @@ def flat(config) -> dict:
 
 
 def check_fields(config: ConfigDict, source: str):
-    """Refuse fields that no program reads, by name; `sde` and `model` are checked by what they construct."""
+    """Refuse fields that no program reads, by name; CONSTRUCTED are checked by what they construct."""
     known = flat(base.get_config())
     for field in flat(config):
-        if field not in known and not field.startswith(("sde.", "model.")):
+        if field not in known and not field.startswith(CONSTRUCTED):
             near = difflib.get_close_matches(field, known, 1)
             raise UserError(f"{source}: unknown field {field}" + (f", did you mean {near[0]}?" if near else ""))
 
@@ -90,7 +93,7 @@ def check_values(config: ConfigDict, source: str = "the config"):
     """Refuse fields that are missing, of another type than their default, or outside RULES."""
     given, known = flat(config), flat(base.get_config())
     for field, default in known.items():
-        if field.startswith(("sde.", "model.")) or default is None:
+        if field.startswith(CONSTRUCTED) or default is None:
             continue
         if field not in given:
             raise UserError(f"{source} has no {field}: start from configs.base.get_config(), where it is {default!r}")

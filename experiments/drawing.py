@@ -25,11 +25,13 @@ from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
 from score_sde.metrics import features
+from score_sde.space import Space
 from solvers import predictor_corrector, probability_flow, tableau
 from solvers.learned import Corrections
 
 CHUNK = 25  # steps of the predictor-corrector sampler between two looks at the progress
 PER_PAIR = 8  # samples from one test image to another
+DECODED = 8  # latents that become images between two looks at the progress
 
 
 class Method(NamedTuple):
@@ -56,12 +58,15 @@ def few_step(
     ems: EMS | None = None,
     guidance_scale: float | None = None,
     corrections: Corrections | None = None,
+    start: Callable | None = None,
 ) -> Method:
     """A few-step solver. model: as sampled, guided or not; ems, guidance_scale: as for `samplers.build_tableau`.
 
-    corrections: what was learned for its table, if anything.
+    corrections: what was learned for its table, if anything; start: keys of samples -> the x that they start from at
+    the table's first time; draws of the prior if None.
     """
     diffusion, given = model.diffusion, options or {}
+    start = functools.partial(samplers.prior, diffusion) if start is None else start
     table, options = samplers.build_tableau(diffusion.sde, solver, steps, ems, guidance_scale, **given)
     if ems is not None and "t_end" not in given:
         t_end = samplers.published_for(diffusion.sde, steps, ems, guidance_scale)["t_end"]
@@ -75,7 +80,7 @@ def few_step(
     def one_device(params, table, index, trajectory=False):
         keys = samplers.sample_keys(seed, index)
         noise = diffusion.noise_of(params, diffusion.conditions(index))
-        x, noises = samplers.prior(diffusion, keys), samplers.draws(diffusion, keys)
+        x, noises = start(keys), samplers.draws(diffusion, keys)
         x = tableau.solve(noise, table, x, noises, trajectory=trajectory)
         return jnp.moveaxis(x, 0, 1) if trajectory else x
 
@@ -282,7 +287,7 @@ def draw(
                 except UserError as error:
                     failure = error
                     break
-                levels = np.asarray(model.diffusion.space.decode(x))
+                levels = decoded(model.diffusion.space, x, bar)
                 batch = dict(images=levels, calls=calls, seconds=time.perf_counter() - began)
                 if path is not None and len(starts) > 1:
                     files.save_npz(path, batch)
@@ -294,6 +299,15 @@ def draw(
     if not images:
         raise failure
     return Samples(np.concatenate(images)[:n], evaluations, seconds, failure)
+
+
+def decoded(space: Space, x, bar) -> np.ndarray:
+    """The uint8 images of a batch of samples x, in slices; the progress bar tells how many there are."""
+    slices = []
+    for first in range(0, len(x), DECODED):
+        bar.set_postfix_str(f"{first} of {len(x)} images")
+        slices.append(np.asarray(space.decode(x[first : first + DECODED])))
+    return np.concatenate(slices)
 
 
 def read_batch(path: pathlib.Path) -> dict | None:

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from ems import statistics
-from experiments import build, events, figures, measuring, program, quality, runs, samplers
+from experiments import build, events, figures, latent_mse, measuring, program, quality, runs, samplers
 from experiments import report as reports
+from experiments.prompts import Prompts
 from score_sde import VERSION, files, parallel, seeds
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
@@ -48,6 +49,7 @@ class Options(NamedTuple):
     guidance: Guidance = measuring.NONE  # of samples, fid and convergence
     label: int | None = None  # class of their samples; all by turns if None
     classifier: runs.TrainedClassifier | None = None  # guides in the place of the model's own classes
+    prompts: Prompts | None = None  # what the model was told, for the record
 
     def guide(self, model: runs.Model) -> runs.Model:
         """The model as it is sampled."""
@@ -68,6 +70,8 @@ class Options(NamedTuple):
         scale, interval, threshold, _ = self.guidance
         workdir = None if self.classifier is None else str(self.classifier.workdir)
         bending = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, classifier=workdir)
+        if self.prompts is not None:
+            bending |= dict(prompts=self.prompts.name, negative_prompt=self.prompts.negative or None)
         return {name: value for name, value in bending.items() if value is not None}
 
     def picture(self, folder, metric: str) -> dict:
@@ -239,7 +243,7 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
 def bits_per_dim(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     """Bits/dim of uniformly dequantized test images: an upper bound, in the mean, on those of their levels."""
     diffusion, fields = model.diffusion, model.config.eval.likelihood
-    pixels = build.space_of(model.config, dequantize=True)
+    pixels = build.pixels_of(model.config, dequantize=True)
     if fields.probe not in probability_flow.PROBES:
         raise UserError(f"unknown probe {fields.probe!r}: use one of {', '.join(probability_flow.PROBES)}")
     images = build.images_of(model.config, "test")
@@ -311,6 +315,14 @@ def encoding(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     yield dict(rms=rms, largest=largest, images=n, evaluations=evaluations, **tolerances)
 
 
+def latent_mean_squares(model: runs.Model, folder, options: Options) -> Iterator[dict]:
+    """Squared distances of samples to finely solved ones, for each way of sampling, in latents."""
+    ways, scale = options.ways(model), options.guidance.scale
+    ems = options.ems_for("dpmv3", model) if any(solver == "dpmv3" for solver, _ in ways) else None
+    settings = dict(n=options.num_samples, seed=options.seed, ems=ems, guidance_scale=scale)
+    yield from latent_mse.measure(options.guide(model), ways, **settings, bending=options.bending())
+
+
 METRICS = {
     "loss": held_out_loss,
     "convergence": convergence,
@@ -318,6 +330,7 @@ METRICS = {
     "samples": sample_grid,
     "bpd": bits_per_dim,
     "encoding": encoding,
+    "latent_mse": latent_mean_squares,
 }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
 from experiments import build, figures, program, runs, samplers
+from experiments.prompts import Prompts
 from score_sde import VERSION, data, files, parallel, seeds
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
@@ -37,6 +38,7 @@ def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
         "_seed": origin["seed"] or None,
     }
     name += "".join(f"{key}{told(value)}" for key, value in apart.items() if value is not None)
+    name += "".join(f"_{value}" for value in (origin.get("size"), origin.get("prompts")) if value is not None)
     name += "" if origin["data"] == model.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
     return of_its_own(model.results / "ems" / f"{name.replace(' ', '_')}.npz", origin)
 
@@ -48,6 +50,7 @@ def told(number: float) -> str:
 
 # What tells one measurement from another; `first_images`, a hash of the first of them, is not in files of before.
 ORIGIN = ("checkpoint", "sde", "t_end", "data", "first_images", "images", "nodes", "seed", "guidance_scale")
+ORIGIN += ("size", "prompts", "negative_prompt")
 
 
 def of_its_own(path: pathlib.Path, origin: dict) -> pathlib.Path:
@@ -59,6 +62,12 @@ def of_its_own(path: pathlib.Path, origin: dict) -> pathlib.Path:
         return path
     apart = features.fingerprint(*(ours.get(key) for key in ORIGIN))
     return path.with_name(f"{path.stem}_{apart}{path.suffix}")
+
+
+def size_of(diffusion: Diffusion) -> str | None:
+    """Height and width of latents, which a model may have of any size; None for pixels, of which it has one."""
+    height, width, _ = diffusion.space.shape
+    return None if np.isfinite(diffusion.space.high) else f"{height}x{width}"
 
 
 def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
@@ -75,8 +84,12 @@ def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path
         found[path]["nodes"],
         -found[path].get("t_end", np.inf),
     )
-    wanted = (model.identity, guidance_scale)
-    fitting = [path for path, origin in found.items() if (origin["checkpoint"], origin["guidance_scale"]) == wanted]
+    wanted, size = (model.identity, guidance_scale), size_of(model.diffusion)
+    fitting = [
+        path
+        for path, origin in found.items()
+        if (origin["checkpoint"], origin["guidance_scale"]) == wanted and origin.get("size") in (None, size)
+    ]
     return max(fitting, key=rank, default=None)
 
 
@@ -90,7 +103,10 @@ def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = N
             f"this is {model.identity} (step {model.step}): measure again with python -m ems --workdir={model.workdir}"
         )
     if ems.l.shape[1:] != model.diffusion.space.shape:
-        raise UserError(f"{path} is for images {ems.l.shape[1:]}, this model's are {model.diffusion.space.shape}")
+        raise UserError(
+            f"{path} is for x of shape {ems.l.shape[1:]}, this model's is {model.diffusion.space.shape}: "
+            "measure again, python -m ems, for images of the size that is drawn"
+        )
     if origin.get("guidance_scale") != guidance_scale:
         theirs, ours = (
             "without guidance" if scale is None else f"with guidance {scale:g}"
@@ -106,7 +122,6 @@ def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = N
 
 
 OWN_SAMPLES = "own samples"
-OWN_STEPS = 50  # evaluations of DPM-Solver++ 2M for each of them
 
 
 class Source(NamedTuple):
@@ -116,6 +131,14 @@ class Source(NamedTuple):
     size: float  # number of images
     take: Callable  # indices (b,) -> x0 (b, H, W, C), and its condition: a tree of (b, ...), or None
     first: str  # a hash of the first of them, which tells data sets of one name apart
+    steps: int = 0  # evaluations that each of them takes to be had
+
+
+def conditions_of(diffusion: Diffusion, index, labels: Callable):
+    """The conditions of data numbered `index`: their labels, called where the model has classes, else the model's."""
+    if diffusion.num_classes:
+        return labels()
+    return jax.tree.map(np.asarray, diffusion.conditions(np.asarray(index, np.int32)))
 
 
 def training_images(model: runs.Model) -> Source:
@@ -130,7 +153,7 @@ def training_images(model: runs.Model) -> Source:
     def take(index):
         batch = images.take(order[index])
         x0 = np.asarray(encode(samplers.sample_keys(0, index), batch["image"]))
-        return x0, batch["label"] if model.diffusion.num_classes else None
+        return x0, conditions_of(model.diffusion, order[index], lambda: batch["label"])
 
     first = hashed(images.take(np.arange(min(64, images.size)))["image"])
     return Source(model.config.data.dataset, images.size, take, first)
@@ -143,7 +166,10 @@ def hashed(*arrays: np.ndarray) -> str:
 
 
 def latents(diffusion: Diffusion, path: str) -> Source:
-    """x0 as it is, from an .npz: `latents` (K, H, W, C) of floats, and `labels` (K,) if the model has classes."""
+    """x0 as it is, from an .npz: `latents` (K, H, W, C) of floats, and `labels` (K,) if the model has classes.
+
+    Where it is told prompts, the k-th of them belongs to the k-th.
+    """
     keys = ["latents", "labels"] if diffusion.num_classes else ["latents"]
     try:
         found = files.load_npz(path, keys)
@@ -154,15 +180,17 @@ def latents(diffusion: Diffusion, path: str) -> Source:
     if x0.shape[1:] != shape or x0.dtype.kind != "f" or not np.isfinite(x0).all():
         raise UserError(f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{shape}), NHWC")
     x0, y = x0.astype(np.float32), np.asarray(arrays["labels"], np.int32) if diffusion.num_classes else None
-    return Source(path, len(x0), lambda index: (x0[index], None if y is None else y[index]), hashed(x0))
+    take = lambda index: (x0[index], conditions_of(diffusion, index, lambda: y[index]))
+    return Source(path, len(x0), take, hashed(x0))
 
 
-def own_samples(diffusion: Diffusion, params, seed: int) -> Source:
-    """Samples of the model itself, each a function of its index and the seed."""
-    table = dpm_solver_pp(diffusion.sde, OWN_STEPS, order=2)
+def own_samples(diffusion: Diffusion, params, seed: int, steps: int = 50) -> Source:
+    """Samples of the model itself by DPM-Solver++ 2M, each a function of its index and the seed."""
+    table = dpm_solver_pp(diffusion.sde, steps, order=2)
     sample = samplers.sampler(diffusion, params, seed, purpose=2)
     condition = lambda index: jax.tree.map(np.asarray, diffusion.conditions(index))
-    return Source(OWN_SAMPLES, np.inf, lambda index: (sample(table, index), condition(index)), OWN_SAMPLES)
+    take = lambda index: (sample(table, index), condition(index))
+    return Source(OWN_SAMPLES, np.inf, take, OWN_SAMPLES, steps)
 
 
 def measure(
@@ -176,12 +204,15 @@ def measure(
     first_image: int = 0,
     source: str | None = None,
     guidance: Guidance = NONE,
+    own_steps: int = 50,
+    prompts: Prompts | None = None,
 ) -> pathlib.Path:
     """Measure l, s, b and their errors; write the statistics, their picture and the moments; return the first's path.
 
     t_end: where the nodes end, the SDE's t_min by default.
     first_image: where this measurement's images begin; several machines take different ones, and `merge` adds.
-    source: the config's training images by default; "samples" for the model's own, or an .npz of latents.
+    source: the config's training images by default, if any; "samples" for the model's own, or an .npz of latents.
+    own_steps: evaluations for each of the model's own samples; prompts: what the model was told, for the record.
     guidance: whose classifier-free scale bends what is measured; thresholds and intervals have no part in statistics.
     """
     guidance_scale = guidance.own_scale
@@ -190,12 +221,19 @@ def measure(
     t_end = sde.t_min if t_end is None else t_end
     node = estimate.nodes(sde, nodes, t_end=t_end)
     parallel.batch_per_device(batch_size)
+    if source is None and not model.config.data.dataset:
+        source = "samples"
     if source is None:
         images = training_images(model)
     elif source == "samples":
-        images = own_samples(diffusion, model.params, seed)
+        images = own_samples(diffusion, model.params, seed, own_steps)
     else:
         images = latents(diffusion, source)
+    if prompts is not None and np.isfinite(images.size) and len(prompts.texts) not in (1, images.size):
+        raise UserError(
+            f"{images.name} has {images.size} images, but there are {len(prompts.texts)} prompts: give as many, in the "
+            "order of the images, or one for all"
+        )
     there = max(0, min(num_data, images.size - first_image))
     used = int(there) // batch_size * batch_size
     if not used:
@@ -210,7 +248,7 @@ def measure(
         t_end=t_end,
         data=images.name,
         first_images=images.first,
-        latent=source not in (None, "samples"),
+        latent=source not in (None, "samples") or size_of(diffusion) is not None,
         num_data=used,
         images=[[first_image, first_image + used]],
         nodes=nodes,
@@ -219,6 +257,10 @@ def measure(
         jax=jax.__version__,
         score_sde=VERSION,
     )
+    if size_of(diffusion) is not None:
+        origin |= dict(size=size_of(diffusion))
+    if prompts is not None:
+        origin |= dict(prompts=prompts.name, negative_prompt=prompts.negative)
     path = path_of(model, origin)
     if path.exists():
         print(f"EMS: already measured, {path}")
@@ -229,6 +271,8 @@ def measure(
         f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{about}: "
         f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
     )
+    if images.steps:
+        print(estimated(diffusion, model.params, images.steps, 3 * len(node.t), used, batch_size))
     path.parent.mkdir(parents=True, exist_ok=True)
     began = []
     with program.progress(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
@@ -249,11 +293,37 @@ def measure(
             shape,
             batch_size=batch_size,
             partial=path.with_suffix(".partial.npz"),
-            identity=f"{model.identity} {origin['sde']} {images.name} {images.first} {guidance_scale} seed {seed}",
+            identity=" ".join(
+                [f"{model.identity} {origin['sde']} {images.name} {images.first} {guidance_scale} seed {seed}"]
+                + [f"prompts {prompts.fingerprint}"] * (prompts is not None)
+            ),
             progress=progress,
         )
     write(model._replace(diffusion=diffusion), path, moments.Saved(node.t, node.lam, blocks, origin))
     return path
+
+
+def estimated(diffusion: Diffusion, params, drawing: int, measuring: int, n: int, batch_size: int) -> str:
+    """What n images will take at most, by one evaluation of a device's share: time, and memory of a device."""
+    index = np.arange(parallel.batch_per_device(batch_size))
+
+    def evaluation(params, x):
+        return diffusion.noise_of(params, diffusion.conditions(index))(x, jax.numpy.float32(diffusion.sde.t_max))
+
+    params, x = jax.tree.map(jax.numpy.asarray, (params, np.zeros((len(index), *diffusion.space.shape), np.float32)))
+    compiled = jax.jit(evaluation).lower(params, x).compile()
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        jax.block_until_ready(compiled(params, x))
+        seconds.append(time.monotonic() - began)
+    hours = min(seconds) * -(-n // batch_size) * (drawing + measuring) / 3600
+    size, memory = sum(leaf.nbytes for leaf in jax.tree.leaves(params)), compiled.memory_analysis()
+    needed = "" if memory is None else f", about {(size + 3 * memory.temp_size_in_bytes) / 1e9:.1f} GB on each device"
+    return (
+        f"EMS: about {hours:.1f} hours{needed}: {n} samples in batches of {batch_size} take {drawing} evaluations to "
+        f"be drawn and at most {measuring} to be measured, of {min(seconds):.3g} s each"
+    )
 
 
 def on_devices(diffusion: Diffusion, params, seed: int) -> Callable:
@@ -312,8 +382,11 @@ def print_errors(model: runs.Model, ems: EMS, without: list[EMS], sizes: list[fl
     t_end = max(ems.t[-1], model.diffusion.sde.t_min)
     fine = dpm_solver_pp(model.diffusion.sde, FINE_STEPS, order=2, t_end=t_end)
     index = np.arange(parallel.round_up(JUDGED_SAMPLES))
-    sample = samplers.sampler(model.diffusion, model.params, 0, purpose=3)
-    exact, whole, *parts = (sample(table, index) for table in (fine, *tables))
+    at_once = parallel.round_up(min(len(index), model.config.ems.batch_size))
+    starts = range(0, len(index), at_once)  # no more at a time than are measured
+    sampler = samplers.sampler(model.diffusion, model.params, 0, purpose=3)
+    sample = lambda table: np.concatenate([sampler(table, start + np.arange(at_once)) for start in starts])
+    exact, whole, *parts = map(sample, (fine, *tables))
     distance, error = samplers.rms(whole - exact), samplers.rms(moments.jackknife(whole, parts, sizes))
 
     num_data = ems.origin["num_data"]
@@ -358,8 +431,8 @@ def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
     return path
 
 
-def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.Path:
-    """Published statistics (l.npz, sb.npz), which tell of no model, taken for this model's."""
+def take_published(model: runs.Model, folder: str, *, t_end: float, guidance: Guidance = NONE) -> pathlib.Path:
+    """Published statistics (l.npz, sb.npz), which tell of no model or guidance, taken for this model's."""
     origin = dict(
         checkpoint=model.identity,
         step=model.step,
@@ -367,14 +440,16 @@ def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.P
         t_end=t_end,
         data=f"published {pathlib.Path(folder).name}",
         num_data=0,
-        guidance_scale=None,
+        guidance_scale=guidance.own_scale,
+        latent=size_of(model.diffusion) is not None,
         score_sde=VERSION,
     )
     shape = model.diffusion.space.shape
     ems = statistics.load_published(folder, model.diffusion.sde, shape, t_end=t_end, origin=origin)
     ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1, first_images=hashed(ems.l, ems.s, ems.b)))
-    name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{told(t_end)}.npz"
-    path = of_its_own(model.results / "ems" / name, ems.origin)
+    name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{told(t_end)}"
+    name += "" if guidance.own_scale is None else f"_guidance{told(guidance.own_scale)}"
+    path = of_its_own(model.results / "ems" / f"{name}.npz", ems.origin)
     statistics.save(path, ems)
     print(f"EMS: wrote {path}; whether they belong to {model.name}, and end at t={t_end:g}, their files do not tell")
     return path
@@ -387,9 +462,17 @@ def ems_of(model: runs.Model, path: str | None = None, guidance: Guidance = NONE
     """
     scale = guidance.own_scale
     found = pathlib.Path(path) if path is not None else find(model, scale)
+    if found is None and model.config.text:  # a few prompts are no sample of what the model draws
+        flag = "" if scale is None else f" --guidance={scale:g}"
+        raise UserError(
+            f"no EMS of {model.name} at this size and guidance: measure them on many prompts, python -m ems "
+            f"--workdir={model.workdir} --prompts=FILE{flag}, or take published ones, python -m ems published FOLDER"
+        )
     if found is None:
         print(f"EMS: none yet for {model.name}; measuring once")
         found = measure(model, **model.config.ems, guidance=guidance)
         parallel.wait_for_all("statistics are written")
-    print(f"EMS: {found}")
-    return load(model, found, scale)
+    ems = load(model, found, scale)
+    told = ems.origin.get("prompts")
+    print(f"EMS: {found}" + (f", measured on prompts {told}" if told else ""))
+    return ems

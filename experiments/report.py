@@ -1,7 +1,7 @@
 """The report of a model: what was measured, by name, as one JSON file, and the same to read, as markdown.
 
 A report is {"model": {workdir, step, identity}, metric: result, ...}. A result holds, besides what its metric measured,
-seed, seconds, command and versions of the call that did. "fid" is a list of results, one for each way of sampling;
+seed, seconds, command and versions of the call that did. LISTS are lists of results, one for each way of sampling;
 "training" and "ems" describe the run's files.
 """
 
@@ -10,8 +10,10 @@ import pathlib
 
 from score_sde.errors import UserError, one_line
 
-BENDING = ("guidance", "interval", "threshold", "label", "classifier")  # what a result may tell of what bends a model
-# What tells two results of "fid" apart; a result that agrees in all takes the place of the earlier one.
+LISTS = ("fid", "latent_mse")
+# What a result may tell of what bends a model.
+BENDING = ("guidance", "interval", "threshold", "label", "classifier", "prompts", "negative_prompt")
+# What tells two results of LISTS apart; a result that agrees in all takes the place of the earlier one.
 ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
 ROW += (*BENDING, "samples")
 # What tells two results of another metric apart; an earlier one that differs in any is kept among "others".
@@ -33,11 +35,11 @@ def read(folder: pathlib.Path) -> dict | None:
 
 
 def add(report: dict, metric: str, result: dict) -> dict:
-    """A report with a result in the place of the metric's earlier one; of "fid", of that made in the same way."""
+    """A report with a result in the place of the metric's earlier one; of LISTS, of that made in the same way."""
     result = {key: value for key, value in json.loads(json.dumps(result)).items() if key != "metric"}
-    if metric == "fid":
-        others = [row for row in report.get("fid", []) if any(row.get(key) != result.get(key) for key in ROW)]
-        return report | {"fid": [*others, result]}
+    if metric in LISTS:
+        others = [row for row in report.get(metric, []) if any(row.get(key) != result.get(key) for key in ROW)]
+        return report | {metric: [*others, result]}
     earlier, others = report.get(metric), report.get("others", [])
     same = lambda one, two: all(one.get(key) == two.get(key) for key in APART if key in one or key in two)
     if isinstance(earlier, dict) and "seed" in earlier and not same(earlier, result):
@@ -49,7 +51,7 @@ def add(report: dict, metric: str, result: dict) -> dict:
 def joined(report: dict, later: dict) -> dict:
     """A report with the results of a later one added."""
     for metric, found in sorted(later.items(), key=lambda item: item[0] != "others"):
-        for result in found if metric in ("fid", "others") else [found]:
+        for result in found if metric in (*LISTS, "others") else [found]:
             report = add(report, result.get("metric", metric), result)
     return report
 
@@ -230,6 +232,31 @@ def fid_lines(results) -> list[str]:
     return lines[:-1]
 
 
+def latent_mse_lines(results) -> list[str]:
+    """A table for each number of samples and way of bending, one row a solver."""
+    group = lambda row: (row["num_samples"], row["seed"], *(row.get(key) for key in BENDING))
+    lines = []
+    for key in dict.fromkeys(map(group, results)):
+        rows = [row for row in results if group(row) == key]
+        n, fine, steps = rows[0]["num_samples"], rows[0]["reference"], sorted({row["steps"] for row in rows})
+        said = lambda row: f"{row['mse']:.4g}" + (f" +- {row['standard_error']:.2g}" if row["standard_error"] else "")
+        cells = {(way(row), row["steps"]): said(row) for row in rows}
+        lines += [
+            f"Mean squared distance to {fine['steps']} evaluations of DPM-Solver++ (order {fine['order']}, times "
+            f"uniform) over the {rows[0]['dimension']} numbers of a latent and {n} samples, seed {key[1]}",
+            "",
+            *table(
+                ["evaluations", *steps],
+                [
+                    [name, *(cells.get((name, k), "") for k in steps)]
+                    for name in dict.fromkeys(name for name, _ in cells)
+                ],
+            ),
+            "",
+        ]
+    return lines[:-1]
+
+
 def ems_lines(result) -> list[str]:
     guidance = f", guidance {result['guidance_scale']:g}" if result["guidance_scale"] else ""
     return [
@@ -248,13 +275,16 @@ SECTIONS = {
     "encoding": ("Encoding", encoding_lines),
     "fid": ("Quality of samples", fid_lines),
     "convergence": ("Convergence of solvers", convergence_lines),
+    "latent_mse": ("Distance to the fine solution in latents", latent_mse_lines),
     "ems": ("Empirical model statistics", ems_lines),
 }
 
 
 def lines(metric: str, result: dict) -> list[str]:
     """What one result says."""
-    return quality_lines(result) if metric == "fid" else SECTIONS[metric][1](result)
+    if metric == "fid":
+        return quality_lines(result)
+    return SECTIONS[metric][1]([result] if metric in LISTS else result)
 
 
 def render(report: dict) -> str:
@@ -271,7 +301,7 @@ def render(report: dict) -> str:
     made = [
         (name, result)
         for name in SECTIONS
-        for result in (report.get(name) if name == "fid" else [report.get(name)]) or []
+        for result in (report.get(name) if name in LISTS else [report.get(name)]) or []
         if result and "command" in result
     ]
     lines += ["## How", ""]

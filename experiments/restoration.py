@@ -74,6 +74,8 @@ def known_of(model: runs.Model, task: str, image: str | None = None, mask: str |
     image: a file; test images, PER_IMAGE samples each, if None. mask: a file as for `read_mask`; if None, the upper
     half is known.
     """
+    if model.config.autoencoder:
+        raise UserError(f"--task={task}: what is known of pixels is not known of latents: use --image with --strength")
     (height, width, channels), space = model.diffusion.space.shape, model.diffusion.space
     known = None
     if task == "inpaint":

@@ -169,7 +169,7 @@ def open_model(workdir: str | None = None, step: int | None = None, *, dataset: 
     folder, config = _folder_and_config(newest_run() if workdir is None else workdir, classifier=False)
     if dataset is not None:
         config.data.dataset = dataset
-    diffusion = build.diffusion_of(config)
+    diffusion = build.diffusion_of(config, folder)
     template = jax.eval_shape(diffusion.init, jax.random.key(0))
     if not packed.is_packed(folder):
         model = Model(folder, config, diffusion, *_averaged(folder, template, step))
@@ -187,6 +187,25 @@ def open_model(workdir: str | None = None, step: int | None = None, *, dataset: 
         f"{size / 1e6:.2f} M parameters; {folder / 'card.md'} tells more"
     )
     return model
+
+
+def with_size(model: Model, height: int | None = None, width: int | None = None) -> Model:
+    """The model of latents for images of another size; UserError for models of pixels and sizes that do not divide."""
+    if height is None and width is None:
+        return model
+    if not model.config.autoencoder:
+        raise UserError(f"--height and --width are for models of latents; {model.name} draws one size alone")
+    network, first = build.network_of(model.config), build.autoencoder_of(model.config)
+    multiple = first.factor * 2 ** (len(network.ch_mult) - 1)
+    sides = [side or model.config.data.image_size for side in (height, width)]
+    for name, side in zip(("height", "width"), sides, strict=True):
+        if side < multiple or side % multiple:
+            raise UserError(
+                f"--{name}={side}: the sizes of {model.name} are multiples of {multiple}: "
+                f"take {max(1, round(side / multiple)) * multiple}"
+            )
+    space, (h, w) = model.diffusion.space, (side // first.factor for side in sides)
+    return model._replace(diffusion=model.diffusion._replace(space=space._replace(shape=(h, w, space.shape[2]))))
 
 
 def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifier:

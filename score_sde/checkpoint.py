@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, path_aware_map
 
 from score_sde import parallel
 from score_sde.errors import UserError, one_line
@@ -96,7 +96,7 @@ class Checkpoints:
             ) from None
 
     def restore(self, step: int, template: State) -> tuple[State, dict]:
-        """The state and meta of a step, of the template's tree, shapes and types, as host arrays."""
+        """The state and meta of a step, of the template's tree and shapes, as host arrays of the types on disk."""
         arrays, meta = self._read(step, state=_rest(template), ema=template.ema)
         rest = serialization.to_state_dict(template) | arrays.state
         return serialization.from_state_dict(template, rest | {"ema": arrays.ema}), meta
@@ -149,13 +149,13 @@ class Checkpoints:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
             sums = meta.pop("checksums", None)  # older versions wrote none
             intact = sums is None or sums["meta"] == _crc(meta)
-            stored = {name: layout(self._manager.item_metadata(step)[name].tree) for name in templates}
+            trees = {name: self._manager.item_metadata(step)[name].tree for name in templates}
+            stored = {name: layout(tree) for name, tree in trees.items()}
             if not intact or any(sums and sums[name][0] != _crc(found) for name, found in stored.items()):
                 raise ValueError("its description is not what was written")
         for name, template in templates.items():
             check_fit(folder, name, layout(template), stored[name])
-        as_numpy = lambda tree: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
-        items = {name: ocp.args.StandardRestore(as_numpy(template)) for name, template in templates.items()}
+        items = {name: ocp.args.StandardRestore(_zeros(templates[name], tree)) for name, tree in trees.items()}
         with self._reading(folder):
             arrays = self._manager.restore(step, args=ocp.args.Composite(**items))
             if any(sums and sums[name][1] != checksum(arrays[name]) for name in templates):
@@ -187,6 +187,12 @@ def check_fit(folder, name: str, ours: dict, theirs: dict):
 def layout(tree) -> dict[str, tuple[int, ...]]:
     """Shapes of a tree of nested dicts by path."""
     return {"/".join(path): tuple(leaf.shape) for path, leaf in flatten_dict(tree).items()}
+
+
+def _zeros(template, stored) -> dict:
+    """Host arrays of the template's tree and shapes, of the types of `stored`, a tree of the same leaves."""
+    types = {path: leaf.dtype for path, leaf in flatten_dict(stored).items()}
+    return path_aware_map(lambda path, leaf: np.zeros(leaf.shape, types[path]), template)
 
 
 def _rest(state: State) -> dict:

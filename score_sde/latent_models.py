@@ -57,6 +57,7 @@ def read(
     dtype: str = "float32",
     output: str = "",
     clip: str | os.PathLike | None = None,
+    state: Mapping[str, np.ndarray] | None = None,
 ) -> LatentModel:
     """The model in a diffusers folder or a single file.
 
@@ -67,12 +68,14 @@ def read(
         (512 x 512) have the same shapes; by default "v"
     clip: for a single file, the folder with the tokenizer and, there or beside it in text_encoder/, the config.json of
         the text encoder, if it is not one of the published
+    state: the entries of a single file that has been read already
     """
     path = pathlib.Path(path)
     try:
         if path.is_dir():
             return _folder(path, variant, dtype)
-        return _single_file(path, raw, dtype, output, pathlib.Path(clip) if clip else None)
+        state = _state(path) if state is None else state
+        return _single_file(path, state, raw, dtype, output, pathlib.Path(clip) if clip else None)
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         # a description with words for numbers, or numbers that no network has
         raise UserError(f"the description of the model in {path} makes no network: {one_line(error)}") from None
@@ -194,8 +197,24 @@ BETAS = {768: (0.00085, 0.012), 1024: (0.00085, 0.012), 1280: (0.00085, 0.012)}
 LDM_BETAS = (0.0015, 0.0195)
 
 
-def _single_file(path: pathlib.Path, raw: bool, dtype: str, output: str, clip: pathlib.Path | None) -> LatentModel:
-    state = _state(path)
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether this is a folder as diffusers writes it, of a whole model, by its parts' names."""
+    return any((path / part).exists() for part in ("model_index.json", "unet", "vae", "vqvae"))
+
+
+def is_single_file(state: Mapping[str, Any]) -> bool:
+    """Whether these are the entries of a latent diffusion model's file, by their names."""
+    return any(name.startswith(UNET) for name in state)
+
+
+def _single_file(
+    path: pathlib.Path,
+    state: Mapping[str, np.ndarray],
+    raw: bool,
+    dtype: str,
+    output: str,
+    clip: pathlib.Path | None,
+) -> LatentModel:
     described = _yaml(path.with_suffix(".yaml"))
     inside = lambda prefix: {
         name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)
@@ -310,6 +329,11 @@ def _checked(model: LatentModel) -> LatentModel:
         raise UserError(
             f"the parts do not fit: the U-Net gives {unet.out_channels} channels, "
             f"the autoencoder's latents have {first.embed_dim}"
+        )
+    if (channels := model.unet.params["input_0"]["kernel"].shape[2]) != first.embed_dim:
+        raise UserError(
+            f"the U-Net is told {channels} channels, but the autoencoder's latents have {first.embed_dim}: it is told "
+            "more than x, as those that complete or enlarge images are"
         )
     if model.text is not None and model.text.network.width != unet.context_dim:
         raise UserError(

@@ -14,6 +14,7 @@ from jax import Array
 from score_sde.errors import UserError
 from score_sde.models.autoencoder import Autoencoder, gaussian
 from score_sde.models.clip_text import CLIPText
+from score_sde.space import Space, pixels
 from score_sde.tokenizer import Tokenizer
 
 
@@ -51,6 +52,26 @@ def decoder(network: Autoencoder, params: dict, scale: float, at_once: int = 1) 
     return decode
 
 
+def space(network: Autoencoder, params: dict, scale: float, height: int, width: int) -> Space:
+    """The latents of images of height x width pixels; UserError if these are no whole number of latents.
+
+    It decodes one image after the other, by a program of one image, outside of `jax.jit`, where the parameters would
+    become constants.
+    """
+    require_whole(network, height, width)
+    unit = pixels((height, width, network.channels))
+    params = jax.tree.map(jnp.asarray, params)
+    encode_one = encoder(network, params, scale)
+    decode_one = jax.jit(lambda params, x: unit.decode(decoder(network, params, scale)(x)))
+
+    def encode(key: Array, image: Array) -> Array:
+        return encode_one(jax.random.split(key)[1], unit.encode(key, image))
+
+    shape = (height // network.factor, width // network.factor, network.embed_dim)
+    decode = lambda x: jnp.concatenate([decode_one(params, x[i : i + 1]) for i in range(len(x))])
+    return Space(shape, encode, decode)
+
+
 def require_whole(network: Autoencoder, height: int, width: int) -> None:
     """Refuse images that are not a whole number of latents high and wide."""
     if height % network.factor or width % network.factor:
@@ -62,10 +83,15 @@ def contexts(network: CLIPText, params: dict, tokenizer: Tokenizer, prompts: Seq
 
     The context of the empty prompt is that of "no condition". UserError if the tokenizer is another model's.
     """
+    require_fit(network, tokenizer)
+    tokens, cut = tokenizer(prompts, network.length)
+    return network.apply({"params": params}, jnp.asarray(tokens)), cut
+
+
+def require_fit(network: CLIPText, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer of another model than the text encoder's."""
     if tokenizer.vocab_size != network.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the text encoder {network.vocab_size}: "
             "it is another model's"
         )
-    tokens, cut = tokenizer(prompts, network.length)
-    return network.apply({"params": params}, jnp.asarray(tokens)), cut

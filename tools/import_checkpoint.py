@@ -1,14 +1,17 @@
 """Import a published checkpoint as an ordinary run folder, or export a run to the PyTorch names.
 
     python -m tools.import_checkpoint CHECKPOINT --workdir=runs/new [--config=configs/ve/cifar10_ncsnpp_continuous.py]
+    python -m tools.import_checkpoint FOLDER --workdir=runs/sd [--variant=fp16]         of diffusers
+    python -m tools.import_checkpoint FILE --workdir=runs/sd [--clip=TOKENIZER_FOLDER] [--output=eps]
     python -m tools.import_checkpoint --export=weights.npz --workdir=runs/published
 
 CHECKPOINT is a file of PyTorch (.pth, .pt, .ckpt), of EDM (.pkl) or of JAX (flax msgpack), a folder of Orbax, a
-.safetensors or an .npz. It is read, never executed: whatever wraps the parameters' names (DataParallel, compile,
-Lightning, `state_dict`, `ema` and so on) is taken away, objects beside them are passed over and named. Without --config
-the one of configs/ is taken whose network the names and shapes fit, if they fit one alone. The averaged parameters
-become both parameters and EMA of the run; --raw takes the others. Where a file holds one set of parameters, that one is
-taken.
+.safetensors or an .npz; or a latent diffusion model, Stable Diffusion 1 and 2 among them, as a folder of diffusers or a
+single file, best with its .yaml beside it (docs/latent.md). It is read, never executed: whatever wraps the parameters'
+names (DataParallel, compile, Lightning, `state_dict`, `ema` and so on) is taken away, objects beside them are passed
+over and named. Without --config the one of configs/ is taken whose network the names and shapes fit, if they fit one
+alone; a latent model describes itself. The averaged parameters become both parameters and EMA of the run; --raw takes
+the others. Where a file holds one set of parameters, that one is taken.
 """
 
 import functools
@@ -20,9 +23,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import build, program, runs
+from experiments import build, latent_runs, program, runs
 from experiments.config import package_configs
-from score_sde import checkpoint, files, foreign, training
+from score_sde import checkpoint, files, foreign, latent_models, training
 from score_sde.errors import UserError
 from score_sde.models.names import contents
 from score_sde.models.published import convert, to_torch
@@ -31,6 +34,9 @@ CONFIG = program.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write, or with --export to read.")
 RAW = flags.DEFINE_bool("raw", False, "Take the parameters themselves instead of their moving average.")
 EXPORT = flags.DEFINE_string("export", None, "Write a run's averaged parameters to this .npz, under PyTorch names.")
+VARIANT = flags.DEFINE_string("variant", "", "Of a diffusers folder's files, as in fp16; none, or else fp16 if absent.")
+CLIP = flags.DEFINE_string("clip", None, "Folder with the tokenizer of a latent model's single file.")
+OUTPUT = flags.DEFINE_enum("output", None, ["eps", "v"], "What a latent model's single file predicts, without a .yaml.")
 
 
 def main(arguments: list[str]):
@@ -41,16 +47,31 @@ def main(arguments: list[str]):
     else:
         config = program.config_of(CONFIG) if flags.FLAGS["config"].present else None
         name = program.config_file() if config is not None else None
-        import_checkpoint(arguments[0], pathlib.Path(WORKDIR.value), config, raw=RAW.value, name=name)
+        latent = dict(variant=VARIANT.value, clip=CLIP.value, output=OUTPUT.value or "")
+        import_checkpoint(arguments[0], pathlib.Path(WORKDIR.value), config, raw=RAW.value, name=name, latent=latent)
 
 
-def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: bool = False, name: str | None = None):
+def import_checkpoint(
+    file: str,
+    workdir: pathlib.Path,
+    config=None,
+    *,
+    raw: bool = False,
+    name: str | None = None,
+    latent: dict | None = None,
+):
     """Read a checkpoint, check every name and shape, and only then write the run folder.
 
     config: None for the only one of configs/ that fits; name: of the config, for messages.
-    raw: take the parameters themselves, not their averages.
+    raw: take the parameters themselves, not their averages; latent: options of latent_models.read, for one of those.
     """
+    if latent_models.is_folder(pathlib.Path(file)):
+        import_latent(file, workdir, config, **latent or {})
+        return
     read = foreign.read_checkpoint(file)
+    if latent_models.is_single_file(read.model or {}):
+        import_latent(file, workdir, config, raw=raw, state=read.model, **latent or {})
+        return
     sets = [(read.model, "parameters"), (read.ema, "averaged parameters (EMA)")]
     held = [(params, which) for params, which in (sets if raw else sets[::-1]) if params is not None]
     if not held:
@@ -82,6 +103,23 @@ def import_checkpoint(file: str, workdir: pathlib.Path, config=None, *, raw: boo
     alone = ", the only ones that it holds" if len(held) == 1 else ""
     print(f"{file}: {read.kind} checkpoint of step {read.step}, took the {which}{alone}")
     print(f"wrote {workdir}; now python sample.py --workdir={workdir}")
+
+
+def import_latent(file: str, workdir: pathlib.Path, config=None, **options):
+    """Read a latent diffusion model, whose files describe its network, and write the run folder."""
+    if config is not None:
+        raise UserError(f"{file} is a latent diffusion model, which describes itself: leave out --config")
+    model = latent_models.read(file, **options)
+    latent_runs.write(model, workdir, file)
+    network, first = model.unet.network, model.autoencoder.network
+    told = f"prompts of {model.text.network.length} tokens" if model.text else "no condition"
+    told = told if model.classes is None else f"{len(model.classes) - 1} classes"
+    print(
+        f"{file}: latent diffusion, {network.out_channels} channels at 1/{first.factor} of the size, output "
+        f"{model.output}, {told}"
+    )
+    example = ' --prompt="a cat" --guidance=7.5 --solver=unipc' if model.text else ""
+    print(f"wrote {workdir}; now python sample.py --workdir={workdir}{example}")
 
 
 def only_fitting(file: str, fitting: list[tuple], held: str):

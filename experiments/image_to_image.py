@@ -1,0 +1,37 @@
+"""Samples that begin at a noisy image instead of pure noise (Meng et al. 2022, SDEdit), by any few-step solver."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from experiments import build, restoration, runs, samplers
+from score_sde.errors import UserError
+from solvers import grids
+
+
+def begun(model: runs.Model, image: str | None, strength: float, steps: int, options: dict) -> tuple[dict, Callable]:
+    """(options of the solver, keys of samples -> x) that begin at the image, noisy as it is at a time.
+
+    strength: that time, as a share of the SDE's range: 1 leaves nothing of the image, 0 all. image: a file of the size
+    that the model draws. The grid among `options` is kept, from that time on.
+    """
+    sde, space = model.diffusion.sde, model.diffusion.space
+    if image is None:
+        raise UserError("--strength says how much of an image is drawn anew: name it by --image=FILE.png")
+    if not 0 < strength <= 1:
+        raise UserError(f"--strength={strength:g}: expected more than 0, which keeps the image, and at most 1")
+    factor, channels = 1, space.shape[2]
+    if model.config.autoencoder:
+        first = build.autoencoder_of(model.config)
+        factor, channels = first.factor, first.channels
+    pixels = (factor * space.shape[0], factor * space.shape[1], channels)
+    levels = restoration.read_image(image, space._replace(shape=pixels))
+    grid = options.get("grid", "time" if model.config.autoencoder else "logsnr")
+    t_start = np.float64(sde.t_min + strength * (sde.t_max - sde.t_min))
+    times = grids.times(grid, sde, steps, t_start=t_start)
+    x0 = jax.jit(space.encode)(jax.random.key(0), levels)
+    alpha, share = float(sde.alpha(t_start)), float(sde.sigma(t_start)) / sde.prior_std
+
+    start = lambda keys: alpha * x0[None] + share * samplers.prior(model.diffusion, keys)
+    return options | dict(grid=times.tolist()), start
