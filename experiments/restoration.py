@@ -102,7 +102,7 @@ def read_image(path: str, space: Space, *, exact: bool = False) -> np.ndarray:
     clear = int((pixels[..., 3] < 255).sum())
     if clear:
         print(f"{path}: {clear} transparent pixels have the colours stored below; --mask={path} makes them the hole")
-    gray = image.mode in ("1", "L", "LA") or (channels == 1 and (pixels[..., :3] == pixels[..., :1]).all())
+    gray = image.mode in ("1", "L", "LA") or (image.mode == "P" and (pixels[..., :3] == pixels[..., :1]).all())
     theirs = 1 if gray else 3
     if exact and theirs != channels:
         raise UserError(f"{path} has {theirs} colour channel(s), the model's images have {channels}: convert it")

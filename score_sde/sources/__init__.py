@@ -159,16 +159,17 @@ def marks(raw: Raw) -> np.ndarray:
     The content of SPREAD images alone counts where there are more than MARKED files, or MARKED_BYTES, so that a million
     files take seconds.
     """
-    lengths = [0 if raw.length is None else raw.length(i) for i in range(raw.size)]
+    called = lambda i: f"image {i}" if raw.name is None else raw.name(i)
+    lengths = [raw.length and patiently(lambda i=i: raw.length(i), called(i)) for i in range(raw.size)]
     in_memory = raw.arrays and raw.arrays["image"].nbytes <= MARKED_BYTES
-    whole = in_memory or (raw.size <= MARKED and sum(lengths) <= MARKED_BYTES)
+    whole = in_memory or (raw.size <= MARKED and sum(length or 0 for length in lengths) <= MARKED_BYTES)
     read = set(range(raw.size) if whole else np.linspace(0, raw.size - 1, SPREAD, dtype=int).tolist())
     found = np.zeros(raw.size, np.uint64)
     for i, length in enumerate(lengths):
         digest = hashlib.blake2b(f"{'' if raw.name is None else raw.name(i)} {length}".encode(errors="replace"))
         if i in read:
             try:
-                image, label = patiently(lambda i=i: raw.record(i), f"image {i}")
+                image, label = patiently(lambda i=i: raw.record(i), called(i))
                 digest.update(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
                 digest.update(str(label).encode())
             except DamagedImage:
