@@ -126,11 +126,13 @@ def of_tree(tree: Tree) -> Source:
     of them has no labels. Folders that hold nothing but one other are looked through. A dataset.json beside the images
     decides the labels in the place of folders.
     """
-    images = [parts for parts in tree.files if _suffix(parts) in pictures.SUFFIXES]
-    passed = Counter(tree.passed)
+    images, passed = [], Counter(tree.passed)
     for parts in tree.files:
-        if _suffix(parts) not in pictures.SUFFIXES and parts[-1] != MANIFEST:
-            passed[_suffix(parts) or "without a suffix"] += 1
+        suffix = os.path.splitext(parts[-1])[1].lower()
+        if suffix in pictures.SUFFIXES:
+            images.append(parts)
+        elif parts[-1] != MANIFEST:
+            passed[suffix or "without a suffix"] += 1
     if not images:
         over = f"; passed over: {told(passed)}: {_remedy(passed)}" if passed else ""
         raise UserError(f"{tree.root} holds no images ({', '.join(pictures.SUFFIXES)}){over}")
@@ -169,10 +171,6 @@ def _remedy(passed: Counter) -> str:
     if {".npz", ".npy", ".zip", ".parquet", ".gz", ".tgz"} & set(passed):
         return "give one of these files itself, unpacked if it is another archive than a .zip of images"
     return "convert other images, as to .png"
-
-
-def _suffix(parts: Parts) -> str:
-    return os.path.splitext(parts[-1])[1].lower()
 
 
 def _raw(tree: Tree, paths: Sequence[Parts], labels: Sequence[int] | None) -> Raw:
