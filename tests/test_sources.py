@@ -199,7 +199,7 @@ def test_few_images_serve_for_training_and_test(tmp_path):
         images = load(tmp_path, split)
         assert images.size == 1
         assert "10 are divided" in images.notes[0]
-    assert data.Stream(data.repeated(load(tmp_path, "test"), 8), batch_size=8, seed=0).batch(3)["image"].shape[0] == 8
+    assert data.Stream(data.repeat(load(tmp_path, "test"), 8), batch_size=8, seed=0).batch(3)["image"].shape[0] == 8
 
 
 # ------------------------------------------------------------------------------------------------ manifests

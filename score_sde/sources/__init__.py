@@ -16,7 +16,7 @@ from score_sde.data import Images, gather, permutation
 from score_sde.errors import UserError
 from score_sde.sources import arrays, cifar, hubs, trees
 from score_sde.sources.pictures import FORMATS, RESIZE_RULES, SUFFIXES, DamagedImage, decode, fit, patiently
-from score_sde.sources.raw import Raw, Source, from_arrays, is_hidden, joined, split_called, subset
+from score_sde.sources.raw import Raw, Source, concatenate, from_arrays, is_hidden, split_called, subset
 
 __all__ = [
     "ARRAY_NAMES",
@@ -80,7 +80,7 @@ def load(
         raise UserError(f"{dataset}: split {split} holds no images")
     name, shape, damaged = f"{dataset} ({split})", (image_size, image_size, num_channels), {}
     notes = source.notes
-    if len(source.splits) == 1 and split in ("train", "test") and raw.size < TENTHS and undivided(source.splits):
+    if split in ("train", "test") and too_small(source.splits):
         notes += (f"{dataset}: {raw.size} image(s), of which all are for training and for test; {TENTHS} are divided",)
     told = dict(classes=source.classes, notes=notes, damaged=damaged, marks=functools.partial(marks, raw))
 
@@ -126,10 +126,10 @@ def choose_split(splits: dict[str, Raw], split: str, dataset: str) -> Raw:
     if split in splits and not (len(splits) == 1 and split in ("train", "test")):
         return splits[split]
     if split == "all":
-        return joined(list(splits.values()), dataset)
+        return concatenate(list(splits.values()), dataset)
     if len(splits) == 1 and split in ("train", "test"):
         (whole,) = splits.values()
-        if undivided(splits):
+        if too_small(splits):
             return whole
         cut = whole.size - whole.size // 10
         order = permutation(0, 0, whole.size)
@@ -144,7 +144,7 @@ def choose_split(splits: dict[str, Raw], split: str, dataset: str) -> Raw:
     return splits[meant[0]]
 
 
-def undivided(splits: dict[str, Raw]) -> bool:
+def too_small(splits: dict[str, Raw]) -> bool:
     """Whether a set is too small to be divided, and so serves whole for training and for test."""
     return len(splits) == 1 and next(iter(splits.values())).size < TENTHS
 
@@ -209,7 +209,7 @@ def visible(folder: Path, most: int) -> list[Path]:
     return list(itertools.islice((entry for entry in folder.iterdir() if not is_hidden(entry.name)), most))
 
 
-def suffixed(suffix: str) -> Callable[[Path, list[Path]], bool]:
+def has_suffix(suffix: str) -> Callable[[Path, list[Path]], bool]:
     return lambda path, near: path.is_file() and path.suffix.lower() == suffix
 
 
@@ -221,7 +221,7 @@ def parquet_files(near: list[Path]) -> list[Path]:
 
 def read_npy_folder(path: Path, near: list[Path]) -> Source:
     named = arrays.npy_files(near)
-    return arrays.from_named({name: arrays.mapped(file) for name, file in named.items()}, str(path))
+    return arrays.from_named({name: arrays.map_npy(file) for name, file in named.items()}, str(path))
 
 
 def read_idx(path: Path, near: list[Path]) -> Source:
@@ -244,15 +244,15 @@ READERS = (
         lambda path, near: cifar.from_batches(cifar.batches(near), str(path)),
     ),
     Reader("*-images-idx3-ubyte[.gz]", lambda path, near: any(map(arrays.is_idx_images, near)), read_idx),
-    Reader(".npz", suffixed(".npz"), lambda path, near: arrays.from_npz(path)),
-    Reader(".npy", suffixed(".npy"), lambda path, near: arrays.from_npy(path)),
+    Reader(".npz", has_suffix(".npz"), lambda path, near: arrays.from_npz(path)),
+    Reader(".npy", has_suffix(".npy"), lambda path, near: arrays.from_npy(path)),
     Reader("a folder of .npy", lambda path, near: path.is_dir() and bool(arrays.npy_files(near)), read_npy_folder),
     Reader(
         "Hugging Face's .parquet",
         lambda path, near: bool(parquet_files(near)),
         lambda path, near: hubs.from_parquet(parquet_files(near), str(path)),
     ),
-    Reader("a .zip of images", suffixed(".zip"), lambda path, near: trees.from_zip(path)),
+    Reader("a .zip of images", has_suffix(".zip"), lambda path, near: trees.from_zip(path)),
     Reader("a folder of images", lambda path, near: path.is_dir(), lambda path, near: trees.from_folder(path)),
 )
 PATH_SUFFIXES = (".npz", ".npy", ".zip", ".parquet", ".gz", ".tgz", ".tar", ".bin", *SUFFIXES)

@@ -65,10 +65,10 @@ def from_npz(path: Path) -> Source:
 
 def from_npy(path: Path) -> Source:
     """An .npy of images, mapped into memory, not read as a whole."""
-    return from_named({"images": mapped(path)}, str(path))
+    return from_named({"images": map_npy(path)}, str(path))
 
 
-def mapped(path: Path) -> np.ndarray:
+def map_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # of many types, for a header that lies

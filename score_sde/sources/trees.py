@@ -14,7 +14,7 @@ from score_sde import files
 from score_sde.errors import UserError, one_line
 from score_sde.sources import pictures
 from score_sde.sources.pictures import DamagedImage
-from score_sde.sources.raw import Raw, Source, is_hidden, split_called, told
+from score_sde.sources.raw import Raw, Source, count_line, is_hidden, split_called
 
 Parts = tuple[str, ...]  # a path within a tree
 MANIFEST = "dataset.json"  # of StyleGAN's and EDM's dataset tools
@@ -134,7 +134,7 @@ def of_tree(tree: Tree) -> Source:
         elif parts[-1] != MANIFEST:
             passed[suffix or "without a suffix"] += 1
     if not images:
-        over = f"; passed over: {told(passed)}: {_remedy(passed)}" if passed else ""
+        over = f"; passed over: {count_line(passed)}: {_remedy(passed)}" if passed else ""
         raise UserError(f"{tree.root} holds no images ({', '.join(pictures.SUFFIXES)}){over}")
 
     manifests = {parts[:-1] for parts in tree.files if parts[-1] == MANIFEST}
@@ -162,7 +162,7 @@ def of_tree(tree: Tree) -> Source:
         if absent:
             notes.append(f"{tree.root} ({split}): no images of {', '.join(absent[:8])}{', ...' if absent[8:] else ''}")
     if passed:
-        notes.append(f"{tree.root}: passed over {told(passed)}")
+        notes.append(f"{tree.root}: passed over {count_line(passed)}")
     return Source(raws, classes, tuple(notes))
 
 
