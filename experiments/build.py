@@ -168,7 +168,10 @@ def images_of(config: ConfigDict, split: str, *, tell: bool = True) -> Images:
     if not config.data.dataset:
         raise UserError("this model was imported without its images: name them, --dataset_at=FOLDER")
     keys = ("image_size", "num_channels", "resize", "crop", "data_dir", "skip_damaged")
-    images = sources.load(config.data.dataset, split, **{key: config.data[key] for key in keys})
+    try:
+        images = sources.load(config.data.dataset, split, **{key: config.data[key] for key in keys})
+    except sources.DamagedImage as error:
+        raise UserError(f"{error}: restore it, or pass over damaged images, data.skip_damaged=True") from error
     if tell:
         say(images)
     field = "num_outputs" if is_classifier(config) else "num_classes"

@@ -129,7 +129,7 @@ def of_images(config, network, path: str, reference_path: str | None = None) -> 
 
 def given_images(config, path: pathlib.Path) -> data.Images:
     """Anyone's images; of any one size for the Inception network, of the config's for others."""
-    fields = config.data
+    fields, path = config.data, path.expanduser()
     place = str(path) if path.is_absolute() else f"./{path}"  # no name of tensorflow-datasets
     if path.suffix in (".npz", ".npy") and path.is_file():
         source = sources.read_source(place)
@@ -172,8 +172,10 @@ def measured_images(network, images, n: int) -> features.Measured:
 
 def data_statistics(config, network, split: str, n: int | None = None) -> tuple[features.Statistics, pathlib.Path]:
     """Statistics of the first n (all if None) images of a split, measured once and kept in runs/statistics/."""
-    images, fields = build.images_of(config, split), config.data
+    images, fields = build.images_of(config, split, tell=split == "train"), config.data
     n = min(n or images.size, images.size)
+    if n < 2:
+        raise UserError(f"{images.name} holds {images.size} images, which have no covariance: give more")
     processing = {name: fields[name] for name in ("image_size", "num_channels", "crop", "resize")}
     first = np.ascontiguousarray(images.take(np.arange(min(64, n)))["image"])  # tells data sets of one name apart
     origin = dict(data=fields.dataset, split=split, n=n, first_images=hashlib.sha256(first.tobytes()).hexdigest())

@@ -99,12 +99,12 @@ def read_image(path: str, space: Space, *, exact: bool = False) -> np.ndarray:
 
     exact: refuse an image of other colours than the model's instead of converting it.
     """
-    image, channels = opened(path, space), space.shape[2]
+    image, channels = open_image(path, space), space.shape[2]
     pixels = np.asarray(image.convert("RGBA"))
     clear = int((pixels[..., 3] < 255).sum())
     if clear:
         print(f"{path}: {clear} transparent pixels have the colours stored below; --mask={path} makes them the hole")
-    gray = image.mode in ("1", "L", "LA") or (channels == 1 and (pixels[..., :3] == pixels[..., :1]).all())
+    gray = image.mode in ("1", "L", "LA") or (image.mode == "P" and (pixels[..., :3] == pixels[..., :1]).all())
     theirs = 1 if gray else 3
     if exact and theirs != channels:
         raise UserError(f"{path} has {theirs} colour channel(s), the model's images have {channels}: convert it")
@@ -118,7 +118,7 @@ def read_mask(path: str, space: Space) -> np.ndarray:
     levels the upper half; where it has one colour or many and something is transparent, as an image with a hole, all of
     it is. Refuses a mask that knows nothing or everything.
     """
-    pixels = np.asarray(opened(path, space).convert("RGBA"))
+    pixels = np.asarray(open_image(path, space).convert("RGBA"))
     level, opaque = np.asarray(Image.fromarray(pixels[..., :3]).convert("L")), pixels[..., 3] > 127
     levels = np.unique(level[opaque])
     known = level > (127 if len(levels) != 2 else levels.mean())
@@ -135,7 +135,7 @@ def read_mask(path: str, space: Space) -> np.ndarray:
     return known
 
 
-def opened(path: str, space: Space) -> Image.Image:
+def open_image(path: str, space: Space) -> Image.Image:
     """An image file of the model's size."""
     height, width, _ = space.shape
     if not pathlib.Path(path).is_file():

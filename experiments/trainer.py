@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     share = dict(batch_size=fields.batch_size, seed=config.seed, **parallel.process())
     stream = data.Stream(build.images_of(config, "train"), **share)
     # a test split may be smaller than a batch
-    held_out = data.Stream(data.repeated(build.images_of(config, "test", tell=False), fields.batch_size), **share)
+    held_out = data.Stream(data.repeat(build.images_of(config, "test", tell=False), fields.batch_size), **share)
     params, start = starting_params(config, model, workdir)
     runs.claim_workdir(workdir, config)
     if stream.images.classes is not None:

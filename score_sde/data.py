@@ -41,7 +41,7 @@ class Images(NamedTuple):
     marks: Callable[[], np.ndarray] | None = None
 
 
-def repeated(images: Images, least: int) -> Images:
+def repeat(images: Images, least: int) -> Images:
     """The images over and over again, whole times, until there are at least so many; as they are if there are."""
     times = -(-least // images.size)
     return images._replace(

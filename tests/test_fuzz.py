@@ -12,6 +12,7 @@ import pickle
 import re
 import struct
 import sys
+import tarfile
 import tracemalloc
 import types
 import zipfile
@@ -31,6 +32,7 @@ from score_sde.metrics import features, resnet
 from score_sde.sde import VP
 from tests.test_data import idx
 from tests.test_published_models import FOUR, archive, tensor_program
+from tests.test_sources import python2
 
 RNG = np.random.default_rng(0)
 MUTATIONS = 100  # of each kind of file
@@ -93,6 +95,43 @@ def published(path):
     statistics.load_published(path.parent, VP(), (8, 8, 1), t_end=1e-3, origin={})
 
 
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def encoded_gray(i: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(EIGHT[i]).save(file, "PNG")
+    return file.getvalue()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def tarred(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def manifest(path):
+    (path.parent / "a.png").write_bytes(encoded_gray(0))
+    images(path.parent)
+
+
+CIFAR = RNG.integers(0, 256, (2, 3072), dtype=np.uint8)
+cifar_images = lambda path: sources.load(str(path.parent), "all", image_size=32, num_channels=3)
 images = lambda path: sources.load(str(path), "all", image_size=8, num_channels=1)
 # kind of file: (its name, what a whole one holds, what reads it)
 READERS = {
@@ -100,6 +139,19 @@ READERS = {
     "IDX": ("a-images-idx3-ubyte", idx(EIGHT), images),
     "IDX, compressed": ("a-images-idx3-ubyte.gz", gzip.compress(idx(EIGHT)), images),
     **{kind: (f"a.{kind.lower()}", encoded(kind), lambda path: sources.decode(path, "a")) for kind in sources.FORMATS},
+    "images in .npy": ("a.npy", npy(EIGHT), images),
+    "zip of images": ("a.zip", zipped({f"{i}.png": encoded_gray(i) for i in range(20)}), images),
+    "CIFAR, Python": ("data_batch_1", python2(dict(data=CIFAR, labels=[1, 2])), cifar_images),
+    "CIFAR, archive": (
+        "cifar-10-binary.tar.gz",
+        tarred({"data_batch_1.bin": b"\1" + CIFAR[0].tobytes()}),
+        cifar_images,
+    ),
+    "labels by dataset.json": (
+        "dataset.json",
+        json.dumps({"labels": [["a.png", 1]]}).encode(),
+        manifest,
+    ),
     "latents": ("a.npz", npz(latents=np.ones((4, 8, 8, 1))), lambda path: measuring.latents(MODEL, path)),
     "EMS": ("a.npz", written(statistics.save, EMS), statistics.load),
     "EMS, origin": ("a.npz", written(statistics.save, EMS), statistics.load_origin),

@@ -199,7 +199,7 @@ def test_few_images_serve_for_training_and_test(tmp_path):
         images = load(tmp_path, split)
         assert images.size == 1
         assert "10 are divided" in images.notes[0]
-    assert data.Stream(data.repeated(load(tmp_path, "test"), 8), batch_size=8, seed=0).batch(3)["image"].shape[0] == 8
+    assert data.Stream(data.repeat(load(tmp_path, "test"), 8), batch_size=8, seed=0).batch(3)["image"].shape[0] == 8
 
 
 # ------------------------------------------------------------------------------------------------ manifests
@@ -737,6 +737,8 @@ def test_a_name_that_is_a_folder_and_a_set(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"digits is both .*write \./digits"):
         load("digits")
     assert load("./digits").size == 3
+    (tmp_path / "digits" / "config.json").write_text("{}")  # a run that is called so is no data set
+    assert sources.load("digits", "train", image_size=8, num_channels=1).size == 1500
 
 
 def test_class_lines():

@@ -16,7 +16,7 @@ from score_sde.data import Images, gather, permutation
 from score_sde.errors import UserError
 from score_sde.sources import arrays, cifar, hubs, trees
 from score_sde.sources.pictures import FORMATS, RESIZE_RULES, SUFFIXES, DamagedImage, decode, fit, patiently
-from score_sde.sources.raw import Raw, Source, from_arrays, is_hidden, joined, split_called, subset
+from score_sde.sources.raw import Raw, Source, concatenate, from_arrays, is_hidden, split_called, subset
 
 __all__ = [
     "ARRAY_NAMES",
@@ -80,7 +80,7 @@ def load(
         raise UserError(f"{dataset}: split {split} holds no images")
     name, shape, damaged = f"{dataset} ({split})", (image_size, image_size, num_channels), {}
     notes = source.notes
-    if len(source.splits) == 1 and split in ("train", "test") and raw.size < TENTHS and undivided(source.splits):
+    if split in ("train", "test") and too_small(source.splits):
         notes += (f"{dataset}: {raw.size} image(s), of which all are for training and for test; {TENTHS} are divided",)
     told = dict(classes=source.classes, notes=notes, damaged=damaged, marks=functools.partial(marks, raw))
 
@@ -126,10 +126,10 @@ def choose_split(splits: dict[str, Raw], split: str, dataset: str) -> Raw:
     if split in splits and not (len(splits) == 1 and split in ("train", "test")):
         return splits[split]
     if split == "all":
-        return joined(list(splits.values()), dataset)
+        return concatenate(list(splits.values()), dataset)
     if len(splits) == 1 and split in ("train", "test"):
         (whole,) = splits.values()
-        if undivided(splits):
+        if too_small(splits):
             return whole
         cut = whole.size - whole.size // 10
         order = permutation(0, 0, whole.size)
@@ -144,7 +144,7 @@ def choose_split(splits: dict[str, Raw], split: str, dataset: str) -> Raw:
     return splits[meant[0]]
 
 
-def undivided(splits: dict[str, Raw]) -> bool:
+def too_small(splits: dict[str, Raw]) -> bool:
     """Whether a set is too small to be divided, and so serves whole for training and for test."""
     return len(splits) == 1 and next(iter(splits.values())).size < TENTHS
 
@@ -159,16 +159,17 @@ def marks(raw: Raw) -> np.ndarray:
     The content of SPREAD images alone counts where there are more than MARKED files, or MARKED_BYTES, so that a million
     files take seconds.
     """
-    lengths = [0 if raw.length is None else raw.length(i) for i in range(raw.size)]
+    called = lambda i: f"image {i}" if raw.name is None else raw.name(i)
+    lengths = [raw.length and patiently(lambda i=i: raw.length(i), called(i)) for i in range(raw.size)]
     in_memory = raw.arrays and raw.arrays["image"].nbytes <= MARKED_BYTES
-    whole = in_memory or (raw.size <= MARKED and sum(lengths) <= MARKED_BYTES)
+    whole = in_memory or (raw.size <= MARKED and sum(length or 0 for length in lengths) <= MARKED_BYTES)
     read = set(range(raw.size) if whole else np.linspace(0, raw.size - 1, SPREAD, dtype=int).tolist())
     found = np.zeros(raw.size, np.uint64)
     for i, length in enumerate(lengths):
         digest = hashlib.blake2b(f"{'' if raw.name is None else raw.name(i)} {length}".encode(errors="replace"))
         if i in read:
             try:
-                image, label = patiently(lambda i=i: raw.record(i), f"image {i}")
+                image, label = patiently(lambda i=i: raw.record(i), called(i))
                 digest.update(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
                 digest.update(str(label).encode())
             except DamagedImage:
@@ -181,11 +182,14 @@ def marks(raw: Raw) -> np.ndarray:
 
 
 class Reader(NamedTuple):
-    """A kind of source; what tells whether a path is one of it; and what reads it, or raises UserError."""
+    """A kind of source; what tells whether a path is one, and what reads it, or raises UserError.
+
+    Both are given the path and the files that are `nearby`.
+    """
 
     kind: str
-    recognises: Callable[[Path], bool]
-    read: Callable[[Path], Source]
+    recognises: Callable[[Path, list[Path]], bool]
+    read: Callable[[Path, list[Path]], Source]
 
 
 def nearby(path: Path, most: int = 1000, folders: int = 20) -> list[Path]:
@@ -197,91 +201,98 @@ def nearby(path: Path, most: int = 1000, folders: int = 20) -> list[Path]:
     if len(entries) == most or len(below) > folders:
         return []
     inside = [file for folder in below for file in visible(folder, most)]
-    return sorted(entry for entry in [*entries, *inside] if entry.is_file())
+    return sorted((entry for entry in [*entries, *inside] if entry.is_file()), key=str)
 
 
 def visible(folder: Path, most: int) -> list[Path]:
+    """The first entries of a folder that are not hidden."""
     return list(itertools.islice((entry for entry in folder.iterdir() if not is_hidden(entry.name)), most))
 
 
-def suffixed(*suffixes: str) -> Callable[[Path], bool]:
-    return lambda path: path.is_file() and path.suffix.lower() in suffixes
+def has_suffix(suffix: str) -> Callable[[Path, list[Path]], bool]:
+    return lambda path, near: path.is_file() and path.suffix.lower() == suffix
 
 
-def parquet_files(path: Path) -> list[Path]:
+def parquet_files(near: list[Path]) -> list[Path]:
     """Parquet files where there are no images beside them."""
-    files = nearby(path)
-    found = [file for file in files if file.suffix.lower() == ".parquet"]
-    return [] if any(file.suffix.lower() in SUFFIXES for file in files) else found
+    found = [file for file in near if file.suffix.lower() == ".parquet"]
+    return [] if any(file.suffix.lower() in SUFFIXES for file in near) else found
 
 
-def read_npy_folder(path: Path) -> Source:
-    named = arrays.npy_files(nearby(path))
-    return arrays.from_named({name: arrays.mapped(file) for name, file in named.items()}, str(path))
+def read_npy_folder(path: Path, near: list[Path]) -> Source:
+    named = arrays.npy_files(near)
+    return arrays.from_named({name: arrays.map_npy(file) for name, file in named.items()}, str(path))
 
 
-def read_idx(path: Path) -> Source:
+def read_idx(path: Path, near: list[Path]) -> Source:
     """Every part in a folder; a file alone, with the labels beside it."""
     if path.is_dir():
-        return arrays.from_idx(nearby(path), str(path))
+        return arrays.from_idx(near, str(path))
     source = arrays.from_idx([path, *sorted(path.parent.glob("*[-_]labels[-.]idx*"))], str(path))
     return source._replace(splits={"train": next(iter(source.splits.values()))})
 
 
 READERS = (
-    Reader("CIFAR as downloaded", cifar.is_archive, cifar.from_archive),
     Reader(
-        "CIFAR unpacked",
-        lambda path: bool(cifar.batches(nearby(path))),
-        lambda path: cifar.from_batches(cifar.batches(nearby(path)), str(path)),
+        "CIFAR's .tar.gz",
+        lambda path, near: cifar.is_archive(path),
+        lambda path, near: cifar.from_archive(path),
     ),
-    Reader("IDX", lambda path: any(map(arrays.is_idx_images, nearby(path))), read_idx),
-    Reader(".npz", suffixed(".npz"), arrays.from_npz),
-    Reader(".npy", suffixed(".npy"), arrays.from_npy),
-    Reader("folder of .npy", lambda path: path.is_dir() and bool(arrays.npy_files(nearby(path))), read_npy_folder),
     Reader(
-        "Parquet of Hugging Face",
-        lambda path: bool(parquet_files(path)),
-        lambda path: hubs.from_parquet(parquet_files(path), str(path)),
+        "CIFAR's batches",
+        lambda path, near: bool(cifar.batches(near)),
+        lambda path, near: cifar.from_batches(cifar.batches(near), str(path)),
     ),
-    Reader("zip of images", suffixed(".zip"), trees.from_zip),
-    Reader("folder of images", Path.is_dir, trees.from_folder),
+    Reader("*-images-idx3-ubyte[.gz]", lambda path, near: any(map(arrays.is_idx_images, near)), read_idx),
+    Reader(".npz", has_suffix(".npz"), lambda path, near: arrays.from_npz(path)),
+    Reader(".npy", has_suffix(".npy"), lambda path, near: arrays.from_npy(path)),
+    Reader("a folder of .npy", lambda path, near: path.is_dir() and bool(arrays.npy_files(near)), read_npy_folder),
+    Reader(
+        "Hugging Face's .parquet",
+        lambda path, near: bool(parquet_files(near)),
+        lambda path, near: hubs.from_parquet(parquet_files(near), str(path)),
+    ),
+    Reader("a .zip of images", has_suffix(".zip"), lambda path, near: trees.from_zip(path)),
+    Reader("a folder of images", lambda path, near: path.is_dir(), lambda path, near: trees.from_folder(path)),
 )
 PATH_SUFFIXES = (".npz", ".npy", ".zip", ".parquet", ".gz", ".tgz", ".tar", ".bin", *SUFFIXES)
+RUN = "config.json"  # in a folder of that name is a run, no data set
 
 
 def read_source(dataset: str, data_dir: str | None = None) -> Source:
     """The splits of whichever source `dataset` names (see `load`)."""
     path = Path(dataset).expanduser()
+    here = os.path.lexists(dataset) and not (path / RUN).is_file()
     if dataset == "digits":
-        if path.exists():
+        if here:
             raise UserError("digits is both a file or folder here and scikit-learn's set: write ./digits, or rename it")
         return hubs.from_digits()
     named = not dataset.startswith(("/", ".", "~")) and path.suffix.lower() not in PATH_SUFFIXES
     if named and "-ubyte" not in path.name:
-        source = hubs.from_tfds(dataset, data_dir, missing_ok=os.path.lexists(dataset))
+        source = hubs.from_tfds(dataset, data_dir, missing_ok=here)
         if source is not None:
             return source
     if not path.exists():
         raise UserError(f"{dataset}: no such file or folder")
-    inner, reader = reader_of(path)
-    return reader.read(inner)
+    return read_path(path)
 
 
-def reader_of(path: Path) -> tuple[Path, Reader]:
-    """The reader of a path, and what it is to read: the path, or what alone is in a folder."""
-    inner = path
+def read_path(path: Path) -> Source:
+    """What the first reader that knows the path makes of it, or of what alone is in a folder."""
+    inner, folder = path, READERS[-1]
     for _ in range(4):
+        near = nearby(inner)
         for reader in READERS[:-1]:
-            if reader.recognises(inner):
-                return inner, reader
+            if reader.recognises(inner, near):
+                return reader.read(inner, near)
         below = visible(inner, 2) if inner.is_dir() else []
         if len(below) != 1:
             break
         (inner,) = below
-    if READERS[-1].recognises(path):
-        return path, READERS[-1]
+    if folder.recognises(path, []):
+        return folder.read(path, [])
+    kinds = ", ".join(reader.kind for reader in READERS[:-1] if reader.kind != ".npz")
     raise UserError(
-        f"{path}: expected a folder, an .npz, or a file named *-images-idx3-ubyte[.gz], .npy, .zip, .parquet, or "
-        "CIFAR's .tar.gz: unpack other archives, and put single images into a folder"
+        f"{path}: expected a folder, an .npz, or one of {kinds}: unpack other archives, and put single images into a "
+        "folder"
     )

@@ -4,7 +4,7 @@ import gzip
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +32,8 @@ def array_names() -> dict[str, tuple[str | None, str]]:
 NAMES = array_names()
 
 
-def from_named(arrays: Mapping[str, np.ndarray], where: str) -> Source:
-    """Splits of arrays that have the names of any tool."""
+def from_named(arrays: Mapping[str, np.ndarray], where: str, others: Collection[str] = ()) -> Source:
+    """Splits of arrays that have the names of any tool; others: names of arrays that stayed unread."""
     splits, used, notes = {}, set(), []
     for images, (split, labels) in NAMES.items():
         if images in arrays and (split or "train") not in splits and not (split is None and splits):
@@ -43,10 +43,10 @@ def from_named(arrays: Mapping[str, np.ndarray], where: str) -> Source:
                 break
     if not splits:
         known = "neither `images` nor `train_images`, nor what other tools call them (`samples`, `arr_0`, `x_train`)"
-        raise UserError(f"{where} holds {known}")
-    over = sorted(set(arrays) - used)
+        raise UserError(f"{where} holds {known}, but {', '.join(sorted({*arrays, *others})[:8]) or 'nothing'}")
+    over = sorted({*arrays, *others} - used)
     if over:
-        notes.append(f"{where}: passed over {', '.join(over)}")
+        notes.append(f"{where}: passed over {', '.join(over[:8])}{', ...' if over[8:] else ''}")
     if any(map(dark, splits.values())):
         notes.append(f"{where}: its levels are 0 and 1 of 0..255, which is all but black: save images * 255")
     return Source(splits, notes=tuple(notes))
@@ -60,17 +60,15 @@ def from_npz(path: Path) -> Source:
         others = set(files.npz_names(path)) - set(arrays)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable .npz of plain arrays: {one_line(error)}") from error
-    source = from_named(arrays, str(path))
-    over = (f"{path}: passed over {', '.join(sorted(others)[:8])}",) if others else ()
-    return source._replace(notes=source.notes + over)
+    return from_named(arrays, str(path), others)
 
 
 def from_npy(path: Path) -> Source:
     """An .npy of images, mapped into memory, not read as a whole."""
-    return from_named({"images": mapped(path)}, str(path))
+    return from_named({"images": map_npy(path)}, str(path))
 
 
-def mapped(path: Path) -> np.ndarray:
+def map_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # of many types, for a header that lies

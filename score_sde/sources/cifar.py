@@ -50,7 +50,10 @@ def _kind(names: list[str]) -> tuple | None:
 
 
 def from_batches(paths: list[Path], where: str) -> Source:
-    """CIFAR of unpacked files."""
+    """CIFAR of unpacked files, all in one folder."""
+    folders = sorted({path.parent.name for path in paths})
+    if len(folders) > 1:
+        raise UserError(f"{where} holds several data sets ({', '.join(folders)}): give the folder of one")
     return _read({path.name: path.read_bytes for path in reversed(paths)}, where)
 
 

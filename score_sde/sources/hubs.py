@@ -8,7 +8,7 @@ import numpy as np
 
 from score_sde.data import permutation
 from score_sde.errors import UserError, one_line
-from score_sde.sources.raw import Raw, Source, from_arrays, joined, split_called, subset
+from score_sde.sources.raw import Raw, Source, concatenate, from_arrays, split_called, subset
 
 
 def from_digits() -> Source:
@@ -108,7 +108,7 @@ def from_parquet(paths: list[Path], where: str) -> Source:
             raise
         except Exception as error:  # of pyarrow's many types
             raise UserError(f"{path} is not a readable Parquet file of images: {one_line(error)}") from error
-    return Source({split: joined(raws, where) for split, raws in parts.items()}, classes)
+    return Source({split: concatenate(raws, where) for split, raws in parts.items()}, classes)
 
 
 def _raw(table, image: str, label: str | None) -> Raw:

@@ -68,7 +68,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "~$")) or name.lower() in _LEAVINGS
 
 
-def told(passed: Counter, most: int = 8) -> str:
+def count_line(passed: Counter, most: int = 8) -> str:
     """Counts by kind, the largest first, as in "10 .gif, 2 hidden"; empty if there are none."""
     kinds = passed.most_common(most)
     others = passed.total() - sum(count for _, count in kinds)
@@ -137,7 +137,7 @@ def subset(raw: Raw, indices: np.ndarray) -> Raw:
     return Raw(len(indices), at(raw.record), at(raw.name), at(raw.length), raw.arrays and gather(raw.arrays, indices))
 
 
-def joined(raws: Sequence[Raw], where: str) -> Raw:
+def concatenate(raws: Sequence[Raw], where: str) -> Raw:
     """Several splits one after another."""
     if len(raws) == 1:
         return raws[0]

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from score_sde import files
 from score_sde.errors import UserError, one_line
 from score_sde.sources import pictures
 from score_sde.sources.pictures import DamagedImage
-from score_sde.sources.raw import Raw, Source, is_hidden, split_called, told
+from score_sde.sources.raw import Raw, Source, count_line, is_hidden, split_called
 
 Parts = tuple[str, ...]  # a path within a tree
 MANIFEST = "dataset.json"  # of StyleGAN's and EDM's dataset tools
@@ -36,15 +37,12 @@ class Tree(NamedTuple):
 
 def from_folder(folder: Path) -> Source:
     """The images of a folder, at any depth; links are followed, but not back to a folder above them."""
-    files, folders, passed = [], set(), Counter()
+    found, folders, passed = [], set(), Counter()
     left = [((), (_inode(folder),))]
     while left:
         above, inodes = left.pop()
-        try:
-            entries = list(os.scandir(folder.joinpath(*above)))
-        except OSError as error:
-            raise UserError(f"{folder.joinpath(*above)} cannot be read: {one_line(error)}") from error
-        for entry in entries:
+        path = folder.joinpath(*above)
+        for entry in pictures.patiently(lambda path=path: list(os.scandir(path)), str(path)):
             parts = (*above, entry.name)
             if is_hidden(entry.name):
                 passed["hidden"] += 1
@@ -56,12 +54,12 @@ def from_folder(folder: Path) -> Source:
                     folders.add(parts)
                     left.append((parts, (*inodes, inode)))
             elif _is(entry.is_file):
-                files.append(parts)
+                found.append(parts)
             else:
                 passed["broken link" if entry.is_symlink() else "special file"] += 1
     path = lambda parts: folder.joinpath(*parts)
     read, length = (lambda parts: path(parts).read_bytes()), (lambda parts: path(parts).stat().st_size)
-    return of_tree(Tree(str(folder), sorted(files), folders, read, length, passed))
+    return of_tree(Tree(str(folder), sorted(found), folders, read, length, passed))
 
 
 def _is(test: Callable[[], bool]) -> bool:
@@ -80,7 +78,7 @@ def _inode(entry) -> tuple[int, int]:
 def from_zip(path: Path) -> Source:
     """The images of a zip archive, read without unpacking; a folder that holds all of them is the data set's own."""
     try:
-        archive = zipfile.ZipFile(path)
+        archive, size = zipfile.ZipFile(path), path.stat().st_size
         infos = [info for info in archive.infolist() if not info.is_dir()]
     except Exception as error:  # zipfile raises several types on a damaged file
         raise UserError(f"{path} is not a readable zip archive: {one_line(error)}") from error
@@ -104,6 +102,9 @@ def from_zip(path: Path) -> Source:
             raise UserError(f"{where} is encrypted: make an archive without a password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{where} is compressed by another method than deflate: unpack it and zip it again")
+        inside = 0 <= info.header_offset < size and info.compress_size <= size
+        if not inside or info.file_size > files.MOST_DEFLATED * info.compress_size:
+            raise DamagedImage(f"{where} is damaged: it promises more than the archive holds")
         if info.file_size > MAX_ENCODED:
             raise UserError(f"{where} promises {info.file_size} bytes: more than {MAX_ENCODED} are not read")
         try:
@@ -125,13 +126,15 @@ def of_tree(tree: Tree) -> Source:
     of them has no labels. Folders that hold nothing but one other are looked through. A dataset.json beside the images
     decides the labels in the place of folders.
     """
-    images = [parts for parts in tree.files if _suffix(parts) in pictures.SUFFIXES]
-    passed = Counter(tree.passed)
+    images, passed = [], Counter(tree.passed)
     for parts in tree.files:
-        if _suffix(parts) not in pictures.SUFFIXES and parts[-1] != MANIFEST:
-            passed[_suffix(parts) or "without a suffix"] += 1
+        suffix = os.path.splitext(parts[-1])[1].lower()
+        if suffix in pictures.SUFFIXES:
+            images.append(parts)
+        elif parts[-1] != MANIFEST:
+            passed[suffix or "without a suffix"] += 1
     if not images:
-        over = f"; passed over: {told(passed)}" if passed else ""
+        over = f"; passed over: {count_line(passed)}: {_remedy(passed)}" if passed else ""
         raise UserError(f"{tree.root} holds no images ({', '.join(pictures.SUFFIXES)}){over}")
 
     manifests = {parts[:-1] for parts in tree.files if parts[-1] == MANIFEST}
@@ -159,12 +162,15 @@ def of_tree(tree: Tree) -> Source:
         if absent:
             notes.append(f"{tree.root} ({split}): no images of {', '.join(absent[:8])}{', ...' if absent[8:] else ''}")
     if passed:
-        notes.append(f"{tree.root}: passed over {told(passed)}")
+        notes.append(f"{tree.root}: passed over {count_line(passed)}")
     return Source(raws, classes, tuple(notes))
 
 
-def _suffix(parts: Parts) -> str:
-    return os.path.splitext(parts[-1])[1].lower()
+def _remedy(passed: Counter) -> str:
+    """What to do with files that are no images."""
+    if {".npz", ".npy", ".zip", ".parquet", ".gz", ".tgz"} & set(passed):
+        return "give one of these files itself, unpacked if it is another archive than a .zip of images"
+    return "convert other images, as to .png"
 
 
 def _raw(tree: Tree, paths: Sequence[Parts], labels: Sequence[int] | None) -> Raw:
