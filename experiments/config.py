@@ -59,6 +59,11 @@ RULES = (
         lambda value: len(value) == 2 and abs(value[0]) < 100 and 0 < value[1] < 100,
         ("training.lam_normal",),
     ),
+    (
+        "a name or a path of this machine, no address in a cloud: mount it as a folder",
+        lambda value: value is None or "://" not in value,
+        ("data.dataset", "training.init"),
+    ),
     ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
 )
 

@@ -205,7 +205,7 @@ def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifi
 
 def _folder_and_config(workdir, *, classifier: bool) -> tuple[pathlib.Path, ConfigDict]:
     """A run folder and its config, refused unless it is a classifier's, or a model's of images."""
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     if not folder.is_dir():
         raise UserError(f"no such workdir {folder}: train first, python train.py --config=configs/digits.py")
     config = read_config(folder)

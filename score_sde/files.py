@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from score_sde import parallel
-from score_sde.errors import one_line
+from score_sde.errors import UserError, one_line
 
 
 @contextlib.contextmanager
@@ -34,6 +34,17 @@ def replacing(path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder):
+    """Refuse, before any work, a folder that could not be made or written; nothing is left behind."""
+    at = pathlib.Path(folder).absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    if not at.is_dir():
+        raise UserError(f"cannot write to {folder}: {at} is no folder: choose another place")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: {at} may not be written: choose another place, or its permissions")
 
 
 def write(path, content: bytes | str):
