@@ -115,7 +115,7 @@ def checked(model: runs.Model, metrics: list[str], options: Options) -> Options:
     if "fid" in metrics:
         network = options.network(model.config)
         if options.reference is not None:
-            features.load(options.reference, network)
+            quality.check_reference(model.config, network, options.reference)
         options = options._replace(network=lambda config: network)
     return options
 
@@ -363,7 +363,7 @@ def images_and_data(
     """Statistics of a config's data set alone, or anyone's images, a folder or an .npz, against them; printed."""
     files.check_writable(runs.RUNS)
     if reference is not None:
-        features.load(reference, network)  # refused before anything is measured
+        quality.check_reference(config, network, reference)
     if of_data:
         print(f"statistics: {quality.data_statistics(config, network, 'train')[1]}")
     if samples is not None:

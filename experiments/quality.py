@@ -15,7 +15,7 @@ import numpy as np
 from ems.statistics import EMS
 from experiments import build, program, runs, samplers
 from score_sde import data, files, parallel, sources
-from score_sde.errors import UserError, one_line
+from score_sde.errors import UserError
 from score_sde.metrics import distances, features, inception
 from solvers.tableau import Tableau
 
@@ -127,17 +127,34 @@ def of_images(config, network, path: str, reference_path: str | None = None) -> 
     return compared(config, network, found, reference_path) | about
 
 
+IMAGES = ("samples", "images", "arr_0")  # what arrays of images are called: here, and by guided diffusion
+
+
+def reference_images(config, path: str) -> data.Images | None:
+    """The images of a reference, a folder or an .npz of them; None for a file of statistics."""
+    file = pathlib.Path(path)
+    if file.is_dir():
+        return given_images(config, file)
+    with files.reading(path, "is no file of statistics", "expected an .npz of mu and sigma, of pool_3, or of images"):
+        held = files.names_npz(file)
+    return given_images(config, file) if held & {*IMAGES} and not held & {"mu", "pool_3"} else None
+
+
+def check_reference(config, network, path: str):
+    """Refuse a reference that `compared` could not take; no features are measured."""
+    if reference_images(config, path) is None:
+        features.load(path, network)
+
+
 def given_images(config, path: pathlib.Path) -> data.Images:
     """Anyone's images; of any one size for the Inception network, of the config's for others."""
     fields = config.data
     if path.suffix == ".npz" and path.is_file():
-        try:
-            arrays = files.load_npz(path, ("samples", "images"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable .npz: {one_line(error)}") from None
+        with files.reading(path, "is not a readable .npz", "give one of images, or a folder of them"):
+            arrays = files.load_npz(path, IMAGES)
         if not arrays:
-            raise UserError(f"{path} holds neither `samples` nor `images`")
-        raw = sources.from_arrays(next(iter(arrays.values())), None, str(path))
+            raise UserError(f"{path} holds none of {', '.join(IMAGES)}")
+        raw = sources.from_arrays(arrays[min(arrays, key=IMAGES.index)], None, str(path))
         if raw.size < 2:
             raise UserError(f"{path} holds {raw.size} images, which have no covariance: give more")
         return data.Images(str(path), raw.size, functools.partial(data.gather, raw.arrays))
@@ -179,7 +196,14 @@ def compared(config, network, found: features.Measured, reference_path: str | No
     if reference_path is None:
         reference, path = data_statistics(config, network, "train")
     else:
-        reference, path = features.load(reference_path, network), reference_path
+        images, path = reference_images(config, reference_path), reference_path
+        if images is None:
+            reference = features.load(reference_path, network)
+        else:
+            moments = measured_images(network, images, images.size)
+            reference = features.Statistics(
+                moments.moments.mean, moments.moments.covariance, images.size, moments.features, {}
+            )
     test, _ = data_statistics(config, network, "test", found.moments.n)
     floor = distances.frechet_distance(test.mean, test.covariance, reference.mean, reference.covariance)
     against = f"{reference.n} training images" if reference.provenance else f"{path}, whose origin is unknown"

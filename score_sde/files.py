@@ -17,6 +17,23 @@ import numpy as np
 from score_sde import parallel
 from score_sde.errors import UserError, one_line
 
+# What readers raise on files that are not what they should be.
+DAMAGED = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+
+@contextlib.contextmanager
+def reading(path, what: str, remedy: str, *, absent: str = "") -> Iterator[None]:
+    """Whatever goes wrong in reading anyone's file as one line: "PATH what (reason): remedy".
+
+    absent: the whole line where there is no such file, if it is another.
+    """
+    try:
+        yield
+    except DAMAGED as error:
+        if absent and isinstance(error, FileNotFoundError):
+            raise UserError(absent) from None
+        raise UserError(f"{path} {what} ({one_line(error, 100)}): {remedy}") from None
+
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[BinaryIO]:
@@ -56,6 +73,15 @@ def save_npz(path, arrays: dict, *, compressed: bool = False):
     """One .npz, whatever the path's suffix."""
     with replacing(path) as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+def names_npz(path) -> set[str]:
+    """The names of an .npz's arrays. Raises as `load_npz`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(one_line(error)) from None
 
 
 MOST_DEFLATED = 1032  # deflate shrinks at most so many times, so a header that promises more is lying

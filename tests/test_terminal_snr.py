@@ -87,9 +87,9 @@ def test_every_solver_samples_from_there(name):
         x = np.asarray(solve(jax.tree.map(np.float32, tableau.uniform(table, max(4, table.history), shape[1:]))))
         assert np.isfinite(x).all(), solver
         if table.noise is not None:
-            assert abs(x.mean() - MEAN) < 0.1 and abs(x.std() - STD) < 0.06, solver
+            assert abs(x.mean() - MEAN) < 0.12 and abs(x.std() - STD) < 0.1, solver
         else:
-            assert np.sqrt(np.square(x - end).mean()) < 0.05, solver
+            assert np.sqrt(np.square(x - end).mean()) < 0.08, solver
     x, run = jax.jit(lambda: probability_flow.solve(noise, sde, z, rtol=1e-4, atol=1e-4))()
     assert run.finished
     assert np.abs(x - end).max() < 0.01

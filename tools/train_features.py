@@ -95,12 +95,10 @@ def train_features(
     state, start = (params, optimizer.init(params)), 0
     identity = f"{images.name} {images.size} {image_shape} {num_steps} {batch_size} {learning_rate} {seed}"
     if kept.exists():
-        try:
+        with files.reading(kept, "is damaged", "remove it to start again"):
             found = files.load_npz(kept)
             theirs, start = str(found["identity"]), int(found["step"])
             leaves = [jnp.asarray(found[f"leaf{i}"]) for i in range(len(jax.tree.leaves(state)))]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{kept} is damaged ({error}): remove it to start again") from None
         if theirs != identity:
             raise UserError(f"{kept} belongs to another training ({theirs}): remove it or change --name")
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)

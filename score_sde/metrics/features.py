@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde import files, parallel
-from score_sde.errors import UserError, one_line
+from score_sde.errors import UserError
 from score_sde.metrics import distances, inception, resnet
 from score_sde.metrics.distances import Gaussian
 
@@ -200,19 +200,16 @@ def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
 
     Those are mu and sigma, of pytorch-fid and TTUR, and the features themselves, `pool_3`, of Score-SDE's code.
     """
-    try:
+    with files.reading(path, "is no file of statistics", "expected an .npz with mu and sigma, or with pool_3"):
         arrays = files.load_npz(path, ("mu", "sigma", "n", "features", "provenance", "pool_3"))
         if "pool_3" in arrays and "mu" not in arrays:
             arrays = _of_pool(arrays["pool_3"])
+        if not {"mu", "sigma"} <= arrays.keys():
+            raise ValueError("no mu and sigma")
         provenance = dict(json.loads(str(arrays.get("provenance", "{}"))))
         mean, covariance = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
         n = int(arrays["n"]) if "n" in arrays else None
         features = np.asarray(arrays["features"], np.float32) if "features" in arrays else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        told = "no mu and sigma" if isinstance(error, KeyError) else one_line(error, 100)
-        raise UserError(
-            f"{path} is no file of statistics ({told}): expected an .npz with mu and sigma, or with pool_3"
-        ) from None
     size = (network.dimension,)
     if mean.shape != size or covariance.shape != size * 2:
         raise UserError(
