@@ -30,18 +30,18 @@ from score_sde import checkpoint, files
 from score_sde.errors import UserError
 from score_sde.guidance import THRESHOLDS
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
+WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Step of the checkpoint, or all; the last if absent.")
 METRICS = flags.DEFINE_list("metrics", ["loss", "convergence", "samples"], "What to evaluate.")
-EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
+EMS = program.path_flag("ems", None, "EMS file for dpmv3; the run's own if absent.")
 SEED = program.seed_flag("Seed of all noise.")
 
 CONFIG = program.config_flag()
 STATISTICS = flags.DEFINE_bool("statistics", False, "Measure the features of a config's training images, and no more.")
-SAMPLES = flags.DEFINE_string("samples", None, "Evaluate these images, a folder or an .npz, instead of a model's.")
-REFERENCE = flags.DEFINE_string("reference", None, "Statistics to compare with (.npz of mu and sigma), not our own.")
-NETWORK = flags.DEFINE_string("network", None, "inception, resnet20-NAME or its .npz; that of the data set if absent.")
-INCEPTION_WEIGHTS = flags.DEFINE_string("inception_weights", None, "pytorch-fid's file; downloaded if absent.")
+SAMPLES = program.path_flag("samples", None, "Evaluate these images, a folder or an .npz, instead of a model's.")
+REFERENCE = program.path_flag("reference", None, "Statistics to compare with (.npz of mu and sigma), not our own.")
+NETWORK = program.path_flag("network", None, "inception, resnet20-NAME or its .npz; that of the data set if absent.")
+INCEPTION_WEIGHTS = program.path_flag("inception_weights", None, "pytorch-fid's file; downloaded if absent.")
 INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf (TensorFlow's) or pf (pytorch-fid's).")
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of fid (published: 50000) and latent_mse.", lower_bound=2)
@@ -51,7 +51,7 @@ STEPS = flags.DEFINE_list("steps", None, "Network evaluations, likewise; with ea
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance of samples, fid and convergence.")
 GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,high outside which there is no guidance.")
 THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data predictions in the data range.")
-CLASSIFIER = flags.DEFINE_string("classifier", None, "The run folder of a classifier that guides them.")
+CLASSIFIER = program.path_flag("classifier", None, "The run folder of a classifier that guides them.")
 LABEL = flags.DEFINE_integer("label", None, "Class of their samples; all classes by turns if absent.", lower_bound=0)
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")

@@ -29,20 +29,20 @@ from absl import flags
 from experiments import drawing, image_to_image, measuring, program, restoration, runs, samplers
 from experiments import prompts as prompting
 from experiments.config import shown
-from score_sde import parallel
+from score_sde import files, parallel
 from score_sde.errors import UserError
 from score_sde.guidance import THRESHOLDS, Guidance
 from solvers import SOLVERS
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
+WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")
 SOLVER = flags.DEFINE_string("solver", None, f"{', '.join(SOLVERS)}, pc or ode; the config's if absent.")
 STEPS = flags.DEFINE_integer(
     "steps", None, "Network evaluations (pc: time steps); the config's if absent.", lower_bound=1
 )
 OPTION = flags.DEFINE_multi_string("option", [], "An option of the solver, name=value; may be repeated.")
-TABLEAU = flags.DEFINE_string("tableau", None, "File of python -m tools.search: a solver, its steps and options.")
-EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
+TABLEAU = program.path_flag("tableau", None, "File of python -m tools.search: a solver, its steps and options.")
+EMS = program.path_flag("ems", None, "EMS file for dpmv3; the run's own if absent.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many; the config's if absent.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "At a time; the config's if absent.", lower_bound=1)
 SEED = program.seed_flag("Seed of the noise.")
@@ -51,16 +51,16 @@ GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance; 1 is the con
 GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,high outside which there is no guidance.")
 THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data predictions in the data range.")
 TASK = flags.DEFINE_enum("task", None, ["inpaint", "colorize", "class", "interpolate"], "What is known of samples.")
-IMAGE = flags.DEFINE_string("image", None, "The image to complete or colour; test images if absent.")
-MASK = flags.DEFINE_string("mask", None, "Image of what is known, white, to inpaint; the upper half if absent.")
-CLASSIFIER = flags.DEFINE_string("classifier", None, "The run folder of the classifier of --task=class.")
+IMAGE = program.path_flag("image", None, "The image to complete or colour; test images if absent.")
+MASK = program.path_flag("mask", None, "Image of what is known, white, to inpaint; the upper half if absent.")
+CLASSIFIER = program.path_flag("classifier", None, "The run folder of the classifier of --task=class.")
 PROMPT = flags.DEFINE_string("prompt", None, "What samples of a model with a text encoder show.")
-PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
+PROMPTS = program.path_flag("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
 STRENGTH = flags.DEFINE_float("strength", None, "How much of --image is drawn anew, from 0, nothing, to 1, all.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels of images of a latent model; the config's if absent.")
 WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
-NAME = flags.DEFINE_string("name", None, "Folder under <workdir>/samples/; made from the solver if absent.")
+NAME = program.name_flag("name", None, "Folder under <workdir>/samples/; made from the solver if absent.")
 
 
 # Solver of a task where none is given; for a class not dpmv3, whose EMS are those of the model without the classifier.
@@ -94,6 +94,8 @@ def main():
     bending_flags = (TASK, IMAGE, MASK, CLASSIFIER, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
     bending_flags += (STRENGTH, HEIGHT, WIDTH)
     bending = {flag.name: flag.value for flag in bending_flags if flag.value is not None}
+
+    files.check_writable(plain.results / "samples")
 
     # ------------------------------------------------------------------------------ the method
     if redrawn and (solver in ("pc", "ode") or task is not None):

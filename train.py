@@ -15,7 +15,7 @@ from experiments import program, runs, trainer
 from score_sde.errors import UserError
 
 CONFIG = program.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; runs/<name of the config> if absent.")
+WORKDIR = program.path_flag("workdir", None, "The run folder; runs/<name of the config> if absent.")
 MINUTES = flags.DEFINE_float(
     "minutes",
     None,

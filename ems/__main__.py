@@ -23,14 +23,14 @@ from score_sde.guidance import Guidance
 
 PRESETS = {"quick": dict(nodes=120, num_data=1024), "paper": dict(nodes=1200, num_data=4096)}
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
+WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")
 PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "Nodes and images; the config's if absent.")
 NODES = flags.DEFINE_integer("nodes", None, "Intervals of the lam grid.", lower_bound=2)
 NUM_DATA = flags.DEFINE_integer("num_data", None, "Images.", lower_bound=1)
 FIRST_IMAGE = flags.DEFINE_integer("first_image", 0, "Where they begin; a machine takes its share.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; the config's if absent.", lower_bound=1)
-DATA = flags.DEFINE_string("data", None, "samples, or an .npz of latents; the training images if absent.")
+DATA = program.path_flag("data", None, "samples, or an .npz of latents; the training images if absent.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Measure the model guided with this scale.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; image i belongs to the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")

@@ -110,7 +110,8 @@ def save(path, saved: Saved):
 def load(path) -> Saved:
     """Read what `save` wrote; of statistics, the file of moments beside them."""
     path = pathlib.Path(path).with_suffix(SUFFIX)
-    try:
+    absent = f"no moments {path}: copy the file that python -m ems wrote beside the statistics"
+    with files.reading(path, "holds no moments", f"give what python -m ems wrote, *{SUFFIX}", absent=absent):
         arrays = files.load_npz(path)
         origin = json.loads(str(arrays.pop("origin")))
         if missing := {*SHARED, "images", "num_data"} - {*origin}:
@@ -127,10 +128,6 @@ def load(path) -> Saved:
         for i, j in _UPPER:
             blocks.second[:, :, i, j] = blocks.second[:, :, j, i] = arrays[f"second{i}{j}"]
         return Saved(arrays["t"], arrays["lam"], blocks, origin)
-    except FileNotFoundError:
-        raise UserError(f"no moments {path}: copy the file that python -m ems wrote beside the statistics") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} holds no moments ({error}): give what python -m ems wrote, *{SUFFIX}") from None
 
 
 # What measurements must share to be added, and what it is called.

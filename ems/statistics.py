@@ -56,15 +56,12 @@ def save(path, ems: EMS):
 
 def load(path) -> EMS:
     """Read what `save` wrote, now or before it wrote errors."""
-    try:
+    absent = f"no EMS file {path}: measure them with python -m ems"
+    with files.reading(path, "is not an EMS file", "measure them again with python -m ems", absent=absent):
         fields = files.load_npz(path, EMS._fields)
         origin = _origin(fields.pop("origin"))
         fields = {name: np.asarray(value, np.float64) for name, value in fields.items()}
         ems = EMS(**fields, origin=origin)
-    except FileNotFoundError:
-        raise UserError(f"no EMS file {path}: measure them with python -m ems") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is not an EMS file ({error}): measure them again with python -m ems") from None
     n, pixels = ems.t.size, ems.l.shape[1:]
     shapes = dict(t=(n,), lam=(n,)) | dict.fromkeys("lsb", (n, *pixels)) | dict(errors=(3, n))
     for name, value in fields.items():
@@ -88,10 +85,8 @@ def _origin(text: np.ndarray) -> dict:
 
 def load_origin(path) -> dict:
     """The origin alone of an EMS file, without reading its arrays."""
-    try:
+    with files.reading(path, "is not an EMS file", "delete it and measure again, python -m ems"):
         return _origin(files.load_npz(path, ["origin"])["origin"])
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is not an EMS file ({error}): delete it and measure again, python -m ems") from None
 
 
 def from_published(l, s, b, sde: SDE, *, t_start: float, t_end: float, origin: dict) -> EMS:
@@ -109,13 +104,10 @@ def load_published(folder, sde: SDE, image_shape: tuple[int, int, int], *, t_end
     """
     folder, arrays = pathlib.Path(folder), {}
     for name, keys in (("l.npz", "l"), ("sb.npz", "sb")):
-        try:
+        remedy = "expected l.npz with l, sb.npz with s and b"
+        with files.reading(folder / name, "holds no published statistics", remedy):
             stored = files.load_npz(folder / name, keys)
             arrays |= {key: np.asarray(stored[key], np.float64) for key in keys}
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{folder / name} holds no published statistics ({error}): expected l.npz with l, sb.npz with s and b"
-            ) from None
     height, width, channels = image_shape
     expected = (channels, height, width)
     for key, values in arrays.items():

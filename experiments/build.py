@@ -108,11 +108,14 @@ def network_of(config: ConfigDict):
 
 
 def sde_of(config: ConfigDict) -> SDE:
-    """The SDE of a config, refused unless time runs from data to noise in it."""
+    """The SDE of a config, refused unless time runs from data to noise in it, in float32 too."""
     sde = construct(SDES, config.sde, "SDE")
+    times = np.linspace(sde.t_min, sde.t_max, 64)
     with np.errstate(all="ignore"):
-        lam = sde.lam(np.linspace(sde.t_min, sde.t_max, 64))
-    if not (0 < sde.t_min < sde.t_max and np.isfinite(lam).all() and (np.diff(lam) < 0).all()):
+        lam = sde.lam(times)
+        falls = np.isfinite(lam).all() and (np.diff(lam) < 0).all() and np.isfinite(sde.lam(np.float32(times))).all()
+        inverts = np.allclose(sde.t_of_lam(lam), times, rtol=1e-4, atol=1e-6)
+    if not (0 < sde.t_min < sde.t_max and falls and inverts):
         raise UserError(
             f"there is no SDE with {shown(config.sde.to_dict())}: expected 0 < t_min < t_max, and alpha / sigma "
             "positive and falling between them"
@@ -276,6 +279,8 @@ def _valid_sde(config: ConfigDict) -> SDE:
         name = fields[field]
         if name not in table:
             raise UserError(f"unknown {field} {name!r}: use one of {', '.join(table)}")
+    if not is_classifier(config):
+        _refuse_lost_data(config, sde)
     with np.errstate(divide="ignore"):
         data_left = np.isfinite(sde.log_alpha(np.float64(1)))
     if config.training.times == "chain" and not data_left:
@@ -284,6 +289,22 @@ def _valid_sde(config: ConfigDict) -> SDE:
             "use uniform or lam_normal"
         )
     return sde
+
+
+def _refuse_lost_data(config: ConfigDict, sde: SDE):
+    """Refuse outputs that say nothing of x_0 where alpha is 0 in float32, if the SDE comes there."""
+    given = config.sde.get("t_max", type(sde).t_max)
+    with np.errstate(all="ignore"):
+        lost = config.sde.get("zero_terminal_snr", False) or sde.alpha(np.float64(given)) < np.finfo(np.float32).eps
+        end = np.float64(1e-6), np.float64(1)  # alpha and sigma
+        out = denoiser.PARAMETERIZATIONS[config.denoiser.output](*end, config.denoiser.sigma_data).out
+    if lost and abs(out) > 1e-3:  # else it vanishes with alpha, so that x_0 is told as exactly as F
+        rescaled = config.sde.get("zero_terminal_snr", False)
+        remedy = "leave out zero_terminal_snr" if rescaled else f"end at sde.t_max={np.floor(999 * sde.t_max) / 1000:g}"
+        raise UserError(
+            f"denoiser.output is {config.denoiser.output!r}, which says nothing of the data where alpha is 0, as it is "
+            f"at the end of the SDE {config.sde.name} in float32: use v or x0, or {remedy}"
+        )
 
 
 def _valid_init(config: ConfigDict, network, shape: tuple[int, int, int]) -> Callable:

@@ -65,6 +65,11 @@ RULES = (
         lambda values: all(0 < value < 0.288 for value in values),
         ("training.power_ema",),
     ),
+    (
+        "a name or a path of this machine, no address in a cloud: mount it as a folder",
+        lambda value: value is None or "://" not in value,
+        ("data.dataset", "training.init"),
+    ),
     ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
 )
 

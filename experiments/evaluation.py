@@ -85,6 +85,8 @@ class Options(NamedTuple):
 def evaluate(model: runs.Model, metrics: list[str], options: Options, name: str = ".") -> dict:
     """Measure, print, and write what is measured to the report in eval/<name>/, which is returned."""
     folder = model.results / "eval" / name
+    files.check_writable(folder)
+    options = checked(model, metrics, options)
     report = earlier(model, folder)
     versions = dict(score_sde=VERSION, jax=jax.__version__, python=sys.version.split()[0], on=parallel.devices())
     for metric in dict.fromkeys(metrics):
@@ -100,6 +102,34 @@ def evaluate(model: runs.Model, metrics: list[str], options: Options, name: str 
     write(folder, report)
     print(f"\nwrote {folder}/report.json and report.md")
     return report
+
+
+def checked(model: runs.Model, metrics: list[str], options: Options) -> Options:
+    """The options, with all refused before anything is measured that can be; the network of fid is made once."""
+    if {"fid", "samples", "convergence"} & set(metrics):
+        sde = options.guide(model).diffusion.sde
+        for solver, steps in options.ways(model):
+            samplers.check_solver(solver)
+            if solver != "dpmv3":
+                samplers.build_tableau(sde, solver, steps)
+            elif options.ems is not None:
+                options.ems_for(solver, model)
+    if "bpd" in metrics:
+        likelihood_probes(model)
+    if "fid" in metrics:
+        network = options.network(model.config)
+        if options.reference is not None:
+            quality.check_reference(model.config, network, options.reference)
+        options = options._replace(network=lambda config: network)
+    return options
+
+
+def likelihood_probes(model: runs.Model) -> Callable:
+    """What draws the probes of bits/dim."""
+    probe = model.config.eval.likelihood.probe
+    if probe not in probability_flow.PROBES:
+        raise UserError(f"unknown probe {probe!r}: use one of {', '.join(probability_flow.PROBES)}")
+    return probability_flow.PROBES[probe]
 
 
 def earlier(model, folder) -> dict:
@@ -244,15 +274,13 @@ def bits_per_dim(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     """Bits/dim of uniformly dequantized test images: an upper bound, in the mean, on those of their levels."""
     diffusion, fields = model.diffusion, model.config.eval.likelihood
     pixels = build.pixels_of(model.config, dequantize=True)
-    if fields.probe not in probability_flow.PROBES:
-        raise UserError(f"unknown probe {fields.probe!r}: use one of {', '.join(probability_flow.PROBES)}")
+    draw = likelihood_probes(model)
     images = build.images_of(model.config, "test")
     n = min(fields.num_data, images.size)
 
     def one_device(params, batch, repeat):
         keys = samplers.sample_keys(options.seed, batch["index"], repeat)
         x = jax.vmap(pixels.encode)(keys, batch["image"])
-        draw = probability_flow.PROBES[fields.probe]
         probe = lambda key: draw(jax.random.fold_in(key, 2), fields.num_probes, pixels.shape)
         logp, _, run = probability_flow.log_likelihood(
             diffusion.noise_of(params, batch.get("label")),
@@ -346,6 +374,9 @@ def images_and_data(
     reference: str | None = None,
 ):
     """Statistics of a config's data set alone, or anyone's images, a folder or an .npz, against them; printed."""
+    files.check_writable(runs.RUNS)
+    if reference is not None:
+        quality.check_reference(config, network, reference)
     if of_data:
         print(f"statistics: {quality.data_statistics(config, network, 'train')[1]}")
     if samples is not None:

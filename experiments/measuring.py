@@ -171,11 +171,10 @@ def latents(diffusion: Diffusion, path: str) -> Source:
     Where it is told prompts, the k-th of them belongs to the k-th.
     """
     keys = ["latents", "labels"] if diffusion.num_classes else ["latents"]
-    try:
+    expected = f"expected samples, or an .npz with {' and '.join(keys)}"
+    with files.reading(f"--data={path}", "holds no latents", expected):
         found = files.load_npz(path, keys)
         arrays = {key: found[key] for key in keys}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--data={path}: expected samples, or an .npz with {' and '.join(keys)} ({error})") from None
     x0, shape = arrays["latents"], diffusion.space.shape
     if x0.shape[1:] != shape or x0.dtype.kind != "f" or not np.isfinite(x0).all():
         raise UserError(f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{shape}), NHWC")

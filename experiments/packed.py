@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from score_sde import checkpoint, files
-from score_sde.errors import UserError, one_line
+from score_sde.errors import UserError
 
 NAME = "ema.npz"
 
@@ -43,15 +43,12 @@ def save(folder, params, provenance: dict):
 def load(folder, template) -> tuple[dict, dict]:
     """The parameters, in float32, and their provenance; refused unless they are the template's and what was packed."""
     path = pathlib.Path(folder) / NAME
-    try:
+    with files.reading(path, "holds no packed model", "pack it again, python -m tools.pack"):
         arrays = files.load_npz(path)
         provenance = json.loads(str(arrays.pop("provenance")))
         params = unflatten_dict({name: leaf.astype(np.float32) for name, leaf in arrays.items()}, sep="/")
         if checkpoint.identity(params) != provenance["identity"]:
             raise ValueError("its arrays are not what was packed")
-    except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
-        told = one_line(error, 100)
-        raise UserError(f"{path} holds no packed model ({told}): pack it again, python -m tools.pack") from None
     if checkpoint.layout(params) != checkpoint.layout(template):
         raise UserError(f"{path} does not fit the network of config.json beside it: pack both again")
     return params, provenance

@@ -4,6 +4,7 @@ import errno
 import logging as python_logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 
@@ -25,8 +26,8 @@ def shared_flags():
     """Define the flags that every program has, once."""
     if "coordinator" in flags.FLAGS:
         return
-    flags.DEFINE_string("dataset_at", None, "Where a run's data set is now, if not where its config says.")
-    flags.DEFINE_string("compilation_cache", None, f"Folder of compiled programs, {CACHE} if absent; or off.")
+    path_flag("dataset_at", None, "Where a run's data set is now, if not where its config says.")
+    path_flag("compilation_cache", None, f"Folder of compiled programs, {CACHE} if absent; or off.")
     flags.DEFINE_string("coordinator", None, "host:port of process 0 of several; see docs/pods.md.")
     flags.DEFINE_integer("num_processes", None, "How many processes run this program.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0 on.", lower_bound=0)
@@ -52,7 +53,7 @@ def run(main: Callable[..., None], *, files: bool = False):
             raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
         parallel.start(given.coordinator, given.num_processes, given.process_id)
         with parallel.together():
-            return main(argv[1:]) if files else main()
+            return main([PathParser().parse(argument) for argument in argv[1:]]) if files else main()
 
     try:
         app.run(guarded, flags_parser=_parse)
@@ -77,6 +78,7 @@ def _fail(error):
 def _parse(argv):
     """Parse flags; whatever absl, ml_collections and the code of a config raise becomes one line."""
     shared_flags()
+    argv = [re.sub("(?<=^--config=)~", os.path.expanduser("~"), argument) for argument in argv]
     try:
         return flags.FLAGS(argv)
     except UserError:
@@ -98,6 +100,37 @@ def progress(*iterable, **options) -> tqdm:
 def seed_flag(what: str):
     """Define --seed, a whole number of 64 bits; what: its help."""
     return flags.DEFINE_integer("seed", 0, what, lower_bound=0, upper_bound=seeds.LARGEST)
+
+
+class PathParser(flags.ArgumentParser):
+    """Paths of this machine, `~` being the home folder; a cloud address is refused, or it would become a folder."""
+
+    def parse(self, argument: str) -> str:
+        if "://" in argument:
+            raise UserError(
+                f"{argument} is an address in a cloud, which is neither read nor written here: mount it as a folder "
+                "(gcsfuse, mount-s3), or copy it, and give that path"
+            )
+        return os.path.expanduser(argument)
+
+
+class NameParser(flags.ArgumentParser):
+    """Names of files and folders to be, which are no paths."""
+
+    def parse(self, argument: str) -> str:
+        if not argument or "://" in argument or argument[0] in "~/" or ".." in pathlib.PurePath(argument).parts:
+            raise UserError(f"{argument!r} is no name: expected one without a folder, as in --name=first")
+        return argument
+
+
+def path_flag(name: str, default: str | None, what: str, **options):
+    """Define a flag that takes a path, or some word for one; what: its help."""
+    return flags.DEFINE(PathParser(), name, default, what, **options)
+
+
+def name_flag(name: str, default: str | None, what: str, **options):
+    """Define a flag that takes the name of a file or folder to be; what: its help."""
+    return flags.DEFINE(NameParser(), name, default, what, **options)
 
 
 def dataset_at() -> str | None:
@@ -126,4 +159,7 @@ def config_of(flag) -> ConfigDict:
     if not isinstance(flag.value, ConfigDict):
         raise UserError(f"--config={file} gives {flag.value!r}: get_config must return configs.base.get_config()")
     check_fields(flag.value, file)
+    for section, field in (("data", "dataset"), ("data", "data_dir"), ("training", "init")):
+        if isinstance(flag.value.get(section, {}).get(field), str):
+            flag.value[section][field] = os.path.expanduser(flag.value[section][field])
     return flag.value

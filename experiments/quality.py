@@ -127,6 +127,22 @@ def of_images(config, network, path: str, reference_path: str | None = None) -> 
     return compared(config, network, found, reference_path) | about
 
 
+def reference_images(config, path: str) -> data.Images | None:
+    """The images of a reference, a folder, an archive or arrays of them; None for a file of statistics."""
+    file = pathlib.Path(path).expanduser()
+    if file.is_dir() or file.suffix.lower() in (".zip", ".npy"):
+        return given_images(config, file)
+    with files.reading(path, "is no file of statistics", "expected an .npz of mu and sigma, of pool_3, or of images"):
+        held = files.names_npz(file)
+    return given_images(config, file) if held & {*sources.ARRAY_NAMES} and not held & {"mu", "pool_3"} else None
+
+
+def check_reference(config, network, path: str):
+    """Refuse a reference that `compared` could not take; no features are measured."""
+    if reference_images(config, path) is None:
+        features.load(path, network)
+
+
 def given_images(config, path: pathlib.Path) -> data.Images:
     """Anyone's images; of any one size for the Inception network, of the config's for others."""
     fields, path = config.data, path.expanduser()
@@ -143,20 +159,6 @@ def given_images(config, path: pathlib.Path) -> data.Images:
     if images.size < 2:
         raise UserError(f"{path} holds {images.size} images, which have no covariance: give more")
     return images
-
-
-def reference_statistics(config, network, path: str) -> features.Statistics:
-    """Statistics of a file, or of the images that are there, as guided diffusion's samples are."""
-    place = pathlib.Path(path).expanduser()
-    try:
-        held = files.npz_names(place) if place.is_file() else ()
-    except (OSError, ValueError):
-        held = ()  # features.load tells why
-    if not place.is_dir() and place.suffix != ".zip" and ("mu" in held or not set(held) & set(sources.ARRAY_NAMES)):
-        return features.load(path, network)
-    images = given_images(config, place)
-    provenance = dict(images=str(path), n=images.size) | network.identity()
-    return features.statistics(measured_images(network, images, images.size), provenance)
 
 
 def measured_images(network, images, n: int) -> features.Measured:
@@ -193,7 +195,11 @@ def compared(config, network, found: features.Measured, reference_path: str | No
     if reference_path is None:
         reference, path = data_statistics(config, network, "train")
     else:
-        reference, path = reference_statistics(config, network, reference_path), reference_path
+        images, path = reference_images(config, reference_path), reference_path
+        if images is None:
+            reference = features.load(reference_path, network)
+        else:
+            reference = features.statistics(measured_images(network, images, images.size), {})
     test, _ = data_statistics(config, network, "test", found.moments.n)
     floor = distances.frechet_distance(test.mean, test.covariance, reference.mean, reference.covariance)
     against = f"{reference.n} training images" if reference.provenance else f"{path}, whose origin is unknown"

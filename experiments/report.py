@@ -8,7 +8,7 @@ seed, seconds, command and versions of the call that did. LISTS are lists of res
 import json
 import pathlib
 
-from score_sde.errors import UserError, one_line
+from score_sde import files
 
 LISTS = ("fid", "latent_mse")
 # What a result may tell of what bends a model.
@@ -25,11 +25,9 @@ def read(folder: pathlib.Path) -> dict | None:
     path = folder / "report.json"
     if not path.exists():
         return None
-    try:
+    with files.reading(path, "is no report", "delete it"):
         report = json.loads(path.read_text())
         report["model"]["identity"], report["model"]["step"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is no report ({one_line(error, 80)}): delete it") from None
     # before results told of the call that made them, they did not add up
     return report if "command" not in report else {"model": report["model"]}
 

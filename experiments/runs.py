@@ -14,7 +14,7 @@ from experiments import build, events, packed
 from experiments.config import check_fields, check_values, flat
 from score_sde import checkpoint, files, parallel
 from score_sde.denoiser import Diffusion
-from score_sde.errors import UserError, one_line
+from score_sde.errors import UserError
 from score_sde.guidance import OF_CLASSES, Classifier, Guidance, guide
 
 RUNS = pathlib.Path("runs")
@@ -64,10 +64,8 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(
             f"no run in {workdir} (no config.json): train one first, python train.py --config=configs/digits.py"
         )
-    try:
+    with files.reading(path, "is not a config", "restore what train.py wrote"):
         config = ConfigDict(translated(json.loads(path.read_text()), str(path)))
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is not a config: {one_line(error)}: restore what train.py wrote") from None
     check_fields(config, str(path))
     for section in ("seed", "sde", "model"):
         if section not in config:
@@ -228,7 +226,7 @@ def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifi
 
 def _folder_and_config(workdir, *, classifier: bool) -> tuple[pathlib.Path, ConfigDict]:
     """A run folder and its config, refused unless it is a classifier's, or a model's of images."""
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     if not folder.is_dir():
         raise UserError(f"no such workdir {folder}: train first, python train.py --config=configs/digits.py")
     config = read_config(folder)
@@ -285,23 +283,19 @@ def history(model: Model) -> list[dict]:
 
 def read_classes(folder: pathlib.Path) -> list[str] | None:
     """The names of labels 0, 1, ... that train.py wrote into a run's folder; None if there are none."""
-    try:
+    if not (folder / CLASSES).exists():
+        return None
+    with files.reading(folder / CLASSES, "does not name classes", "delete it"):
         classes = json.loads((folder / CLASSES).read_text())
         return [str(classes[str(label)]) for label in range(len(classes))]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{folder / CLASSES} does not name classes ({one_line(error)}): delete it") from None
 
 
 def read_start(path: pathlib.Path) -> list[dict]:
     """The history that train.py wrote into a run's folder; empty for a run that started from its seed."""
     if not path.exists():
         return []
-    try:
+    with files.reading(path, "is no history of a model", "delete it"):
         before = json.loads(path.read_text())
         for made in before:
             made["name"], made["step"], made["identity"], made["training"], made["config"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is no history of a model ({one_line(error)}): delete it") from None
     return before

@@ -13,7 +13,7 @@ import numpy as np
 from ems.statistics import EMS
 from experiments.config import fits
 from experiments.runs import Model
-from score_sde import parallel, seeds
+from score_sde import files, parallel, seeds
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
@@ -128,21 +128,19 @@ class Searched(NamedTuple):
 
 def read_search(model: Model, path: str) -> Searched:
     """The file of a search, refused unless it was made for this model."""
-    try:
+    with files.reading(path, "is no file of python -m tools.search", "make one for this model"):
         record = json.loads(pathlib.Path(path).read_text())
         solver, steps, options, identity = (record[key] for key in ("solver", "steps", "options", "checkpoint"))
         corrections = record.get("corrections")
         if not (fits(steps, 1) and fits(options, {}) and steps > 0 and fits(corrections or {}, {})):
-            raise ValueError
+            raise ValueError("its entries are not those of a search")
         if corrections:
             corrections = Corrections(**{name: np.array(values, np.float32) for name, values in corrections.items()})
             (n,), (_, width) = corrections.lam.shape, corrections.predict.shape
             shapes = dict(predict=(n, width), correct=(n, width + 1), lam=(n,))
             finite = all(np.isfinite(values).all() for values in corrections)
             if not finite or {name: values.shape for name, values in corrections._asdict().items()} != shapes:
-                raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is no file of python -m tools.search: make one for this model") from None
+                raise ValueError("its corrections are not whole")
     if identity != model.identity:
         raise UserError(f"{path} was searched for checkpoint {identity}, this is {model.identity}: search again")
     return Searched(solver, steps, options, corrections)

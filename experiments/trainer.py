@@ -27,6 +27,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     """
     # ------------------------------------------------------------------------------ what to train, and where
     began = time.monotonic()
+    files.check_writable(workdir)
     model, fields = build.trainable(config), config.training
     share_of_device = parallel.batch_per_device(fields.batch_size)
     if share_of_device % fields.accumulate:

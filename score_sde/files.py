@@ -15,7 +15,24 @@ from typing import BinaryIO
 import numpy as np
 
 from score_sde import parallel
-from score_sde.errors import one_line
+from score_sde.errors import UserError, one_line
+
+# What readers raise on files that are not what they should be.
+DAMAGED = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+
+@contextlib.contextmanager
+def reading(path, what: str, remedy: str, *, absent: str = "") -> Iterator[None]:
+    """Whatever goes wrong in reading anyone's file as one line: "PATH what (reason): remedy".
+
+    absent: the whole line where there is no such file, if it is another.
+    """
+    try:
+        yield
+    except DAMAGED as error:
+        if absent and isinstance(error, FileNotFoundError):
+            raise UserError(absent) from None
+        raise UserError(f"{path} {what} ({one_line(error, 100)}): {remedy}") from None
 
 
 @contextlib.contextmanager
@@ -36,6 +53,17 @@ def replacing(path) -> Iterator[BinaryIO]:
         raise
 
 
+def check_writable(folder):
+    """Refuse, before any work, a folder that could not be made or written; nothing is left behind."""
+    at = pathlib.Path(folder).absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    if not at.is_dir():
+        raise UserError(f"cannot write to {folder}: {at} is no folder: choose another place")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: {at} may not be written: choose another place, or its permissions")
+
+
 def write(path, content: bytes | str):
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -47,16 +75,16 @@ def save_npz(path, arrays: dict, *, compressed: bool = False):
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
+def names_npz(path) -> set[str]:
+    """The names of an .npz's arrays. Raises as `load_npz`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(one_line(error)) from None
+
+
 MOST_DEFLATED = 1032  # deflate shrinks at most so many times, so a header that promises more is lying
-
-
-def npz_names(path) -> list[str]:
-    """The names of the arrays in an .npz. Raises OSError or ValueError as `load_npz`."""
-    with open(path, "rb") as file:
-        try:
-            return [name.removesuffix(".npy") for name in zipfile.ZipFile(file).namelist()]
-        except Exception as error:
-            raise ValueError(one_line(error)) from None
 
 
 def load_npz(path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:

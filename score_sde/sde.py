@@ -43,15 +43,32 @@ def per_image(coefficient, x):
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
+# The smallest alpha at which eps in float32 still holds x_0 = (x - sigma eps) / alpha, to some 1e-4, and EMS.
+ALPHA_MIN = 1e-3
+
+
 @dataclasses.dataclass(frozen=True)
 class SDE(abc.ABC):
     """A linear SDE. Subclasses define the abstract methods and, where a chain is published, the three after them.
 
     t_min: where sampling and likelihood end by default; the marginals are defined on (0, t_max].
+    t_max: where the prior stands. Where alpha falls below ALPHA_MIN before, time ends there: x is noise from there on,
+        and what a network says of x_0 would be lost in the rounding of eps.
     """
 
     t_min: float = 1e-3
     t_max: float = 1.0
+
+    def __post_init__(self):
+        noise_only = lambda t: float(self.log_alpha(np.float64(t))) < np.log(ALPHA_MIN) - 1e-6
+        with np.errstate(all="ignore"):
+            if not (0 < self.t_min < self.t_max and noise_only(self.t_max)):
+                return
+            low, high = self.t_min, self.t_max
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (low, middle) if noise_only(middle) else (middle, high)
+        object.__setattr__(self, "t_max", high)
 
     @abc.abstractmethod
     def log_alpha(self, t):
@@ -144,6 +161,8 @@ def _linear_beta_log_alpha(t, beta_min, beta_max):
 
 def _linear_beta_time(log_alpha, beta_min, beta_max):
     """Inverse of `_linear_beta_log_alpha`, in the form of the quadratic's root that does not cancel."""
+    if beta_min == beta_max:
+        return -2 * log_alpha / beta_min
     rest = -4 * log_alpha * (beta_max - beta_min)
     return rest / (numpy_of(log_alpha).sqrt(beta_min**2 + rest) + beta_min) / (beta_max - beta_min)
 
@@ -165,12 +184,16 @@ class VP(SDE):
         return _linear_beta_time(_vp_log_alpha(lam), self.beta_min, self.beta_max)
 
     def transition(self, t, n):
-        """DDPM's step: a = sqrt(1 - beta_i), G = sqrt(beta_i), beta_i = beta(i / (n - 1)) / n; needs n > beta_max."""
-        if n <= self.beta_max:
-            raise UserError(f"{n} stochastic steps: this SDE's need more than beta_max = {self.beta_max:g}")
+        """DDPM's step: a = sqrt(1 - beta_i), G = sqrt(beta_i), beta_i = beta(t_i) t_max / n, t_i = t_max i / (n - 1).
+
+        Needs more steps than beta(t_max) t_max.
+        """
+        most = (self.beta_min + self.t_max * (self.beta_max - self.beta_min)) * self.t_max
+        if n <= most:
+            raise UserError(f"{n} stochastic steps: this SDE's need more than beta_max = {most:g}")
         xp = numpy_of(t)
         i = xp.floor(t / self.t_max * (n - 1))
-        beta = (self.beta_min + i / (n - 1) * (self.beta_max - self.beta_min)) / n
+        beta = (self.beta_min + i / (n - 1) * self.t_max * (self.beta_max - self.beta_min)) * self.t_max / n
         return xp.sqrt(1 - beta), xp.sqrt(beta)
 
     def ancestral_std(self, t, n):
@@ -222,23 +245,23 @@ class VE(SDE):
         return -(lam + np.log(self.sigma_min)) / np.log(self.sigma_max / self.sigma_min)
 
     def transition(self, t, n):
-        """NCSN's step: a = 1, G^2 = sigma_i^2 - sigma_(i-1)^2, sigma_i = sigma(i / (n - 1)), sigma_(-1) = 0."""
+        """NCSN's step: a = 1, G^2 = sigma_i^2 - sigma_(i-1)^2, sigma_i = sigma(t_max i / (n - 1)), sigma_(-1) = 0."""
         xp = numpy_of(t)
         i = xp.floor(t / self.t_max * (n - 1))
-        ratio = (self.sigma_min / self.sigma_max) ** (1 / (n - 1))
+        ratio = (self.sigma_min / self.sigma_max) ** (self.t_max / (n - 1))
         # the difference of squares, without cancellation
-        noise = self.sigma(i / (n - 1)) * xp.where(i > 0, np.sqrt(1 - ratio**2), 1.0)
+        noise = self.sigma(i / (n - 1) * self.t_max) * xp.where(i > 0, np.sqrt(1 - ratio**2), 1.0)
         return xp.ones_like(t), noise
 
     def ancestral_std(self, t, n):
         xp = numpy_of(t)
         first = t / self.t_max * (n - 1) < 1
-        ratio = (self.sigma_min / self.sigma_max) ** (1 / (n - 1))
+        ratio = (self.sigma_min / self.sigma_max) ** (self.t_max / (n - 1))
         return self.transition(t, n)[1] * xp.where(first, 0.0, ratio)
 
     @property
     def prior_std(self):
-        return self.sigma_max
+        return self.sigma_max**self.t_max * self.sigma_min ** (1 - self.t_max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +271,9 @@ class DiscreteVP(SDE):
     alpha_i^2 = prod_(j <= i) (1 - beta_j) (Ho et al. 2020), beta_i = linspace(beta_min, beta_max, n)_i / n, or with
     `scaled` the square of a linspace of roots (Stable Diffusion: beta_min 0.85, beta_max 12). The nodes stand at
     t_i = t_first + (1 - t_first) i / (n - 1): score_sde puts the first at 0, DPM-Solver at 1 / n.
+
+    zero_terminal_snr: move and stretch alpha_i so that the last is 0 and the first stays (Lin et al. 2024, algorithm
+        1). Time ends before it, see SDE.
     """
 
     beta_min: float = 0.1
@@ -255,17 +281,27 @@ class DiscreteVP(SDE):
     n: int = 1000
     scaled: bool = False
     t_first: float = 0.0
+    zero_terminal_snr: bool = False
 
     def _betas(self):
-        """(n,) float64."""
+        """(n,) float64, before they are rescaled."""
         if self.scaled:
             return np.linspace(np.sqrt(self.beta_min), np.sqrt(self.beta_max), self.n) ** 2 / self.n
         return np.linspace(self.beta_min, self.beta_max, self.n) / self.n
 
+    def _log_alphas(self):
+        """(n,) float64, summed in it; -inf where alpha is 0."""
+        with np.errstate(divide="ignore"):
+            log_alphas = 0.5 * np.cumsum(np.log1p(-self._betas()))
+            if not self.zero_terminal_snr:
+                return log_alphas
+            alphas = np.exp(log_alphas)
+            return np.log((alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1])))
+
     def _nodes(self, dtype):
-        """Times and log_alpha of the nodes, summed in float64."""
-        times, log_alphas = np.linspace(self.t_first, 1.0, self.n), 0.5 * np.cumsum(np.log1p(-self._betas()))
-        return times.astype(dtype), log_alphas.astype(dtype)
+        """Times and log_alpha of the nodes."""
+        times, log_alphas = np.linspace(self.t_first, 1.0, self.n), self._log_alphas()
+        return times.astype(dtype), np.maximum(log_alphas, 2 * np.log(ALPHA_MIN)).astype(dtype)
 
     def log_alpha(self, t):
         return numpy_of(t).interp(t, *self._nodes(t.dtype))
@@ -279,7 +315,12 @@ class DiscreteVP(SDE):
         return xp.interp(_vp_log_alpha(lam), log_alphas[::-1], times[::-1])
 
     def transition(self, t, n):
-        """The chain's own step, a = sqrt(1 - beta_i), G = sqrt(beta_i), whose number of steps n must be the chain's."""
+        """The chain's own step, a = sqrt(1 - beta_i), G = sqrt(beta_i), whose number of steps n must be the chain's.
+
+        Where time ends before the chain, or it was rescaled, the exact step.
+        """
+        if self.zero_terminal_snr or self.t_max < 1:
+            return super().transition(t, n)
         if n != self.n:
             raise UserError(
                 f"this chain has {self.n} steps; stochastic sampling in {n} is not defined: use --steps={self.n}"
@@ -342,8 +383,7 @@ class EDM(SDE):
 class Flow(SDE):
     """The straight path of flow matching (Lipman et al. 2023; Liu et al. 2023): alpha = 1 - t, sigma = t.
 
-    Cut at t_max < 1, for eps loses x_0 where alpha = 0: x_t is then z itself, whatever the data, and alpha in
-    float32 has a relative error of 6e-8 / (1 - t) before it.
+    Cut at t_max < 1, for alpha in float32 has a relative error of 6e-8 / (1 - t).
     """
 
     t_max: float = 0.999

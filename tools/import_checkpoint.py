@@ -31,11 +31,11 @@ from score_sde.models.names import contents
 from score_sde.models.published import convert, to_torch
 
 CONFIG = program.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write, or with --export to read.")
+WORKDIR = program.path_flag("workdir", None, "The run folder to write, or with --export to read.")
 RAW = flags.DEFINE_bool("raw", False, "Take the parameters themselves instead of their moving average.")
-EXPORT = flags.DEFINE_string("export", None, "Write a run's averaged parameters to this .npz, under PyTorch names.")
+EXPORT = program.path_flag("export", None, "Write a run's averaged parameters to this .npz, under PyTorch names.")
 VARIANT = flags.DEFINE_string("variant", "", "Of a diffusers folder's files, as in fp16; none, or else fp16 if absent.")
-CLIP = flags.DEFINE_string("clip", None, "Folder with the tokenizer of a latent model's single file.")
+CLIP = program.path_flag("clip", None, "Folder with the tokenizer of a latent model's single file.")
 OUTPUT = flags.DEFINE_enum("output", None, ["eps", "v"], "What a latent model's single file predicts, without a .yaml.")
 
 

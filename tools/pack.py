@@ -25,10 +25,10 @@ from experiments.config import flat, package_configs, portable
 from score_sde import files
 from score_sde.errors import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
+WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")
-NAME = flags.DEFINE_string("name", None, "Folder under pretrained/; the run folder's name if absent.")
-EMS_FILE = flags.DEFINE_string("ems", None, "EMS file of the packed model; the best it has if absent.")
+NAME = program.name_flag("name", None, "Folder under pretrained/; the run folder's name if absent.")
+EMS_FILE = program.path_flag("ems", None, "EMS file of the packed model; the best it has if absent.")
 
 CARD = ("loss", "bpd", "encoding", "fid", "convergence")  # the metrics on it
 EMA_BYTES, ALL_BYTES = 20_000_000, 25_000_000

@@ -35,12 +35,12 @@ from solvers.learned import Corrections
 from solvers.search import CHOICES, descend
 from solvers.tableau import Tableau
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
+WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")
 SOLVER = flags.DEFINE_enum("solver", "dpmv3", list(CHOICES), "The solver.")
 STEPS = flags.DEFINE_integer("steps", 5, "Network evaluations.", lower_bound=2)
 OPTION = flags.DEFINE_multi_string("option", [], "An option of the solver to hold fixed, name=value; may be repeated.")
-EMS = flags.DEFINE_string("ems", None, "EMS file for dpmv3; the run's own if absent.")
+EMS = program.path_flag("ems", None, "EMS file for dpmv3; the run's own if absent.")
 NOISES = flags.DEFINE_integer("noises", 128, "Noises to search on, and as many others to judge by.", lower_bound=2)
 MINUTES = flags.DEFINE_float("minutes", 10.0, "The search stops here at the latest.", lower_bound=0.1)
 SEED = program.seed_flag("Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
@@ -89,6 +89,7 @@ def search(
     learn: spend half of the time on corrections of the searched table.
     """
     # ------------------------------------------------------------------------------ what to search
+    files.check_writable(model.results / "solvers")
     ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
     diffusion = runs.with_guidance(model, guidance).diffusion
     if guidance.scale is None:

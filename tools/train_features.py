@@ -24,14 +24,14 @@ from score_sde import VERSION, data, files, seeds, sources
 from score_sde.errors import UserError
 from score_sde.metrics import resnet
 
-DATASET = flags.DEFINE_string("dataset", None, "As config.data.dataset.", required=True)
-NAME = flags.DEFINE_string("name", None, "The network will be called resnet20-<name>.", required=True)
+DATASET = program.path_flag("dataset", None, "As config.data.dataset.", required=True)
+NAME = program.name_flag("name", None, "The network will be called resnet20-<name>.", required=True)
 IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side of the images.", required=True)
 NUM_CHANNELS = flags.DEFINE_integer("num_channels", None, "1 or 3.", required=True)
 EPOCHS = flags.DEFINE_integer("epochs", None, "Times through the training images.", required=True, lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "The largest of the cycle.")
-FOLDER = flags.DEFINE_string("folder", str(resnet.WEIGHTS), "Where to write resnet20_<name>.npz.")
+FOLDER = program.path_flag("folder", str(resnet.WEIGHTS), "Where to write resnet20_<name>.npz.")
 SEED = program.seed_flag("Seed of parameters, order and augmentation.")
 
 
@@ -64,6 +64,9 @@ def train_features(
     seed: int = 0,
 ) -> tuple[pathlib.Path, dict]:
     """Train a network, or go on where it was stopped; returns its file and provenance. Arguments as the flags."""
+    checkpoint_path = pathlib.Path("runs") / f"resnet20_{name}" / "state.npz"
+    for place in (folder, checkpoint_path.parent):
+        files.check_writable(place)
     load = lambda split: sources.load(dataset, split, image_size=image_size, num_channels=num_channels)
     images, held_out = load("train"), load("test")
     build.say(images)
@@ -92,14 +95,11 @@ def train_features(
     params = network.init(seeds.key(seed), jnp.zeros((1, *image_shape)))["params"]
     state, start = (params, optimizer.init(params)), 0
     identity = f"{images.name} {images.size} {image_shape} {num_steps} {batch_size} {learning_rate} {seed}"
-    checkpoint_path = pathlib.Path("runs") / f"resnet20_{name}" / "state.npz"
     if checkpoint_path.exists():
-        try:
+        with files.reading(checkpoint_path, "is damaged", "remove it to start again"):
             arrays = files.load_npz(checkpoint_path)
             theirs, start = str(arrays["identity"]), int(arrays["step"])
             leaves = [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(jax.tree.leaves(state)))]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{checkpoint_path} is damaged ({error}): remove it to start again") from None
         if theirs != identity:
             raise UserError(f"{checkpoint_path} belongs to another training ({theirs}): remove it or change --name")
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)

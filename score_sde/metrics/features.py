@@ -4,6 +4,7 @@ network = local("fashion_mnist")
 for features, logits in extract(network, batches): ...
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde import files, parallel
-from score_sde.errors import UserError, one_line
+from score_sde.errors import UserError
 from score_sde.metrics import distances, inception, resnet
 from score_sde.metrics.distances import Gaussian
 
@@ -195,16 +196,20 @@ def save(path: pathlib.Path, found: Statistics) -> None:
 
 
 def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
-    """A file by `save`, refused unless it was made with this network; or the mu and sigma of pytorch-fid or TTUR."""
-    try:
-        arrays = files.load_npz(path, ("mu", "sigma", "n", "features", "provenance"))
+    """A file by `save`, refused unless it was made with this network; or one of others, which tells of no network.
+
+    Those are mu and sigma, of pytorch-fid and TTUR, and the features themselves, `pool_3`, of Score-SDE's code.
+    """
+    with files.reading(path, "is no file of statistics", "expected an .npz with mu and sigma, or with pool_3"):
+        arrays = files.load_npz(path, ("mu", "sigma", "n", "features", "provenance", "pool_3"))
+        if "pool_3" in arrays and "mu" not in arrays:
+            arrays = _of_pool(arrays["pool_3"])
+        if not {"mu", "sigma"} <= arrays.keys():
+            raise ValueError("no mu and sigma")
         provenance = dict(json.loads(str(arrays.get("provenance", "{}"))))
         mean, covariance = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
         n = int(arrays["n"]) if "n" in arrays else None
         features = np.asarray(arrays["features"], np.float32) if "features" in arrays else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = "no mu and sigma" if isinstance(error, KeyError) else one_line(error, 100)
-        raise UserError(f"{path} is no file of statistics ({reason}): expected an .npz with mu and sigma") from None
     size = (network.dimension,)
     if mean.shape != size or covariance.shape != size * 2:
         raise UserError(
@@ -222,6 +227,14 @@ def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
                 "make it again, python evaluate.py --statistics"
             )
     return Statistics(mean, covariance, n, features, provenance)
+
+
+def _of_pool(pool: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays that `save` writes, of features (n, D)."""
+    if pool.ndim != 2 or len(pool) < 2:
+        raise ValueError(f"pool_3 is {pool.shape}, expected (images, features)")
+    whole = functools.reduce(distances.merge, map(distances.gaussian, np.array_split(pool, -(-len(pool) // 4096))))
+    return dict(mu=whole.mean, sigma=whole.covariance, n=np.int64(len(pool)), features=pool[:KEPT])
 
 
 def fingerprint(*parts: object) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from score_sde import files
-from score_sde.errors import UserError, one_line
+from score_sde.errors import UserError
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 
@@ -66,12 +66,10 @@ def save(path: str | os.PathLike, params: dict, provenance: dict) -> None:
 
 def load(path: str | os.PathLike) -> tuple[dict, dict, str]:
     """(float32 parameters, provenance, SHA-256 of the file) of a file by `save`; UserError if it is none."""
-    try:
+    with files.reading(path, "holds no weights of a ResNet-20", "make them by python -m tools.train_features"):
         arrays, sha256 = files.load_npz(path), hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
         provenance = json.loads(str(arrays.pop("provenance")))
         shapes = _shapes(tuple(provenance["image_shape"]), provenance["num_classes"])
-    except Exception as error:  # zipfile, zlib, NumPy and json raise many types on a damaged file
-        raise UserError(f"{path} holds no weights of a ResNet-20: {one_line(error, 100)}") from None
     if {name: array.shape for name, array in arrays.items()} != shapes:
         raise UserError(f"{path} holds no weights of a ResNet-20: its arrays have other names or shapes")
     if any(array.dtype.kind != "f" or not np.isfinite(array).all() for array in arrays.values()):

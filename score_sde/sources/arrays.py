@@ -57,7 +57,7 @@ def from_npz(path: Path) -> Source:
     wanted = {*NAMES, *(labels for _, labels in NAMES.values())}
     try:
         arrays = files.load_npz(path, wanted)
-        others = set(files.npz_names(path)) - set(arrays)
+        others = set(files.names_npz(path)) - set(arrays)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable .npz of plain arrays: {one_line(error)}") from error
     return from_named(arrays, str(path), others)
