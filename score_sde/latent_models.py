@@ -197,6 +197,11 @@ BETAS = {768: (0.00085, 0.012), 1024: (0.00085, 0.012), 1280: (0.00085, 0.012)}
 LDM_BETAS = (0.0015, 0.0195)
 
 
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether this is a folder of diffusers, or what is left of one."""
+    return any((pathlib.Path(path) / part).exists() for part in ("model_index.json", "unet"))
+
+
 def is_single_file(state: Mapping[str, Any]) -> bool:
     """Whether these are the entries of a latent diffusion model's file, by their names."""
     return any(name.startswith(UNET) for name in state)

@@ -62,7 +62,7 @@ def import_checkpoint(
     config: None for the only one of configs/ that fits; name: of the config, for messages.
     raw: take the parameters themselves, not their averages; latent: options of latent_models.read, for one of those.
     """
-    if pathlib.Path(file).is_dir():
+    if latent_models.is_folder(file):
         import_latent(file, workdir, config, **latent or {})
         return
     read = foreign.read_checkpoint(file)
