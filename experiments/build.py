@@ -139,7 +139,7 @@ def text_encoder_of(config: ConfigDict, folder: pathlib.Path) -> tuple[CLIPText,
 
 def _parts(folder: pathlib.Path | None, name: str, shapes) -> dict:
     if folder is None:
-        raise UserError("this is the config of a latent model, whose other parts are in its run folder: name that one")
+        raise UserError("a published latent model is sampled and measured from its run folder; it is not trained here")
     return parts.load(folder, name, shapes)
 
 

@@ -197,9 +197,9 @@ BETAS = {768: (0.00085, 0.012), 1024: (0.00085, 0.012), 1280: (0.00085, 0.012)}
 LDM_BETAS = (0.0015, 0.0195)
 
 
-def is_folder(path: pathlib.Path) -> bool:
-    """Whether this is a folder as diffusers writes it, of a whole model, by its parts' names."""
-    return any((path / part).exists() for part in ("model_index.json", "unet", "vae", "vqvae"))
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether this is a folder of diffusers, or what is left of one."""
+    return any((pathlib.Path(path) / part).exists() for part in ("model_index.json", "unet"))
 
 
 def is_single_file(state: Mapping[str, Any]) -> bool:

@@ -32,10 +32,12 @@ from score_sde.guidance import Guidance, classifier_free
 from score_sde.models import published_latents
 from score_sde.models.autoencoder import Autoencoder
 from score_sde.models.clip_text import CLIPText
+from score_sde.models.unet import UNet
 from score_sde.sde import DiscreteVP
 from solvers import SOLVERS
 from tests import reference
 from tests.latent import TINY, compared, figures_of, mini, nchw, needs_tiny
+from tests.test_latent_sampling import mixture, schedule
 from tools import import_checkpoint
 
 PROMPTS = prompts.Prompts(["a cat", "the sea", "a dog"], "sea")
@@ -104,18 +106,17 @@ def test_images_become_latents(model, tmp_path):
     assert np.abs((draws.mean(0) - mean) / np.asarray(draws.std(0))).max() < 5 / 16
 
 
-def test_classes_are_rows_of_a_table(tmp_path):
+def test_classes_are_rows_of_a_table(tmp_path, monkeypatch):
     """A class-conditional model is guided like one of pixels: its classes by turns, and the last row is none."""
     ours = mini(tmp_path, classes=3)
     latent_runs.write(ours, tmp_path / "run", "a file")
     opened = runs.open_model(str(tmp_path / "run"))
     diffusion = opened.diffusion
     assert (diffusion.num_classes, diffusion.null, list(diffusion.conditions(np.arange(4)))) == (3, 3, [0, 1, 2, 0])
-    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 2)), jnp.float32(0.5)
-    network = lambda y: lambda x, label: ours.unet.network.apply({"params": ours.unet.params}, x, label, y)
-    by_hand = noise_fn(network(ours.classes[[1, 3]][:, None]), diffusion.sde, output="eps", label="node")
-    of_the_run = diffusion.noise_of(opened.params, jnp.array([1, 3]))
-    compared(jax.jit(of_the_run)(x, t), jax.jit(by_hand)(x, t), 1e-5, "noise")
+    seen = []
+    monkeypatch.setattr(UNet, "apply", lambda self, params, x, label, y, keys: seen.append(y) or x)
+    diffusion.noise_of(opened.params, jnp.array([1, 3]))(jnp.zeros((2, 8, 8, 2)), jnp.float32(0.5))
+    np.testing.assert_array_equal(seen[0], ours.classes[[1, 3]][:, None])
 
 
 def test_samples_of_prompts(model, told, tmp_path):
@@ -153,8 +154,9 @@ def test_samples_that_begin_at_an_image(model, tmp_path):
             image_to_image.begun(model, image, strength, 4, {})
 
 
-def test_ems_of_prompts(told):
+def test_ems_of_prompts(told, monkeypatch):
     """Measured on own samples at the scale of guidance, they are found for it alone; sampling takes them."""
+    monkeypatch.setattr(measuring, "print_errors", lambda model, ems, *blocks: ems)  # draws many samples
     sizes = dict(nodes=12, num_data=8, batch_size=4, own_steps=4)
     path = measuring.measure(told, **sizes, guidance=GUIDED, prompts=PROMPTS)
     origin = statistics.load_origin(path)
@@ -181,7 +183,7 @@ def test_ems_of_prompts(told):
 def test_the_mean_square_of_latents(told, monkeypatch, tmp_path):
     """By its definition, from samples drawn here; a stopped call goes on; the report has a row a solver."""
     monkeypatch.setattr(latent_mse, "REFERENCE_STEPS", 12)
-    bending, ways = PROMPTS.record(), [("dpmpp", 3), ("ddim", 3)]
+    bending, ways = dict(prompts=PROMPTS.name), [("dpmpp", 3), ("ddim", 3)]
     sampled = runs.with_guidance(told._replace(workdir=tmp_path), GUIDED)
     measure = functools.partial(latent_mse.measure, sampled, ways, seed=0, guidance_scale=2.0, bending=bending)
     results = list(measure(n=8))
@@ -192,7 +194,7 @@ def test_the_mean_square_of_latents(told, monkeypatch, tmp_path):
     np.testing.assert_allclose(results[0]["standard_error"], errors.std(ddof=1) / np.sqrt(8), rtol=1e-4)
     report = {"model": {}}
     for result in results:
-        report = evaluation.reports.add(report, "latent_mse", result)
+        report = evaluation.reports.add(report, "latent_mse", result | dict(seed=0))
     text = "\n".join(evaluation.reports.lines("latent_mse", report["latent_mse"][0]))
     assert "12 evaluations of DPM-Solver++ (order 2" in text and f"{errors.mean():.4g} +- " in text
     assert not list(tmp_path.rglob("*.partial.npz"))
@@ -200,23 +202,22 @@ def test_the_mean_square_of_latents(told, monkeypatch, tmp_path):
 
 @needs_tiny
 def test_files_become_the_same_run(tmp_path):
-    """A folder of diffusers and single files: equal parts, under one config, all of it named."""
+    """A folder of diffusers and a single file: equal parts, under one config, all of it named."""
     folder = TINY.parent
-    for name in ("sd_tiny", "sd_tiny.safetensors", "sd_tiny.ckpt"):
+    for name in ("sd_tiny", "sd_tiny.ckpt"):
         clip = None if name == "sd_tiny" else TINY / "tokenizer"
         import_checkpoint.import_checkpoint(str(folder / name), tmp_path / name, latent=dict(clip=clip))
-    one, *others = (runs.open_model(str(tmp_path / path.name)) for path in tmp_path.iterdir())
-    for other in others:
-        assert other.identity == one.identity and other.config == one.config
-        for part in (parts.AUTOENCODER, parts.TEXT):
-            ours, theirs = ((run.workdir / f"{part}.safetensors").read_bytes() for run in (one, other))
-            assert ours == theirs
+    one, other = (runs.open_model(str(tmp_path / path.name)) for path in tmp_path.iterdir())
+    assert other.identity == one.identity and other.config == one.config
+    for part in (parts.AUTOENCODER, parts.TEXT):
+        ours, theirs = ((run.workdir / f"{part}.safetensors").read_bytes() for run in (one, other))
+        assert ours == theirs
     assert {leaf.dtype for leaf in jax.tree.leaves(one.params)} == {np.dtype(np.float16)}  # as in the file
 
 
 @needs_tiny
 def test_the_figures_by_run_folders(tmp_path, monkeypatch):
-    """From a folder and prompts, by published statistics, to the published samples, mean squares and images."""
+    """From a folder and prompts, by published statistics, to the published samples and images."""
     stored, case = figures_of("L_sampling", "e2e_sd_tiny"), reference.cases("L_sampling")["e2e_sd_tiny"]
     import_checkpoint.import_checkpoint(str(TINY), tmp_path / "run")
     opened = prompts.prompted(runs.open_model(str(tmp_path / "run")), prompts.Prompts(case["prompts"]))
@@ -235,11 +236,27 @@ def test_the_figures_by_run_folders(tmp_path, monkeypatch):
     levels = np.asarray(model.diffusion.space.decode(x), int) - stored["image_uint8_truncated"]
     assert np.abs(levels).max() <= 1 and (levels == 0).mean() > 0.99
 
-    ways = [("dpmpp", 5), ("unipc", 5)]
-    rows = latent_mse.measure(model, ways, n=2, seed=0, guidance_scale=guidance.scale, bending={})
-    for row, name in zip(rows, ("dpm_solver++_5", "uni_pc_5"), strict=True):
-        difference = stored[f"{name}_f64"] - stored["reference200_f64"]
-        np.testing.assert_allclose(row["mse"], np.square(difference).mean(), rtol=1e-3)
+
+def test_published_mean_squares(model, tmp_path, monkeypatch):
+    """Those of the published samplers on an exact model, guided at 7.5."""
+    stored, case = figures_of("L_sampling", "gmm_cfg7.5"), reference.cases("L_sampling")["gmm_cfg7.5"]
+    sde, exact = schedule(case["betas"]), mixture()
+    noises = [exact.noise_fn(sde, np.asarray(row)) for row in [*case["condition"], [0.0, 0.0, 0.0]]]
+
+    def noise_of(params, y, keys=None):
+        return lambda x, t: jnp.stack([noise(x, t) for noise in noises])[y, jnp.arange(len(x))]
+
+    start = jnp.asarray(reference.nhwc(stored["xT"]))
+    monkeypatch.setattr(samplers, "prior", lambda diffusion, keys: start[: len(keys)])
+    space = model.diffusion.space._replace(shape=start.shape[1:])
+    told = dict(sde=sde, space=space, noise_of=noise_of, null=np.int32(2), conditions=lambda index: index)
+    model = model._replace(workdir=tmp_path, diffusion=model.diffusion._replace(**told))
+    model, ways = runs.with_guidance(model, Guidance(7.5)), [("dpmpp", 5), ("dpmpp", 10), ("unipc", 5), ("unipc", 10)]
+    results = latent_mse.measure(model, ways, n=2, seed=0, guidance_scale=7.5, bending={})
+    names = {"dpmpp": "dpm_solver++", "unipc": "uni_pc"}
+    for result in results:
+        expected = case["runs"][f"{names[result['solver']]}_{result['steps']}"]["mse"]
+        np.testing.assert_allclose(result["mse"], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["sd_1.4", "sd_2.1", "ldm_lsun_bedroom"])
@@ -254,7 +271,7 @@ def test_published_shapes_make_a_run(name, tmp_path):
     model = latent_models.LatentModel(
         unet=part(unet),
         autoencoder=part(first),
-        text=part(CLIPText(width=unet.context_dim)) if unet.context_dim else None,
+        text=part(CLIPText(width=unet.context_dim, heads=unet.context_dim // 64)) if unet.context_dim else None,
         classes=None,
         scale=0.18215,
         sde=latent_models._schedule(0.00085, 0.012, 1000),

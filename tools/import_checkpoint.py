@@ -65,7 +65,7 @@ def import_checkpoint(
     config: None for the only one of configs/ that fits; name: of the config, for messages.
     raw: take the parameters themselves, not their averages; latent: options of latent_models.read, for one of those.
     """
-    if latent_models.is_folder(pathlib.Path(file)):
+    if latent_models.is_folder(file):
         import_latent(file, workdir, config, **latent or {})
         return
     read = foreign.read_checkpoint(file)

@@ -37,6 +37,8 @@ HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to
 
 def main():
     model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
+    if model.config.autoencoder:
+        raise UserError(f"{model.name} is a latent model, whose parts one file does not hold: copy its run folder")
     folder = pack(model, NAME.value, EMS_FILE.value)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     print(f"wrote {folder}: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
