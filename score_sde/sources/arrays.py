@@ -69,8 +69,9 @@ def from_npy(path: Path) -> Source:
 
 
 def map_npy(path: Path) -> np.ndarray:
+    """The array of an .npy, of which only what is asked for is read."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # of many types, for a header that lies
         raise UserError(f"{path} is not a readable .npy of plain numbers: {one_line(error)}") from error
 
