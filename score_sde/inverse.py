@@ -1,0 +1,200 @@
+"""Inverse problems: a NoiseFn bent towards the images whose measurement is y = A x_0 + std z, for any solver.
+
+    noise = pigdm(noise, sde, block_means((32, 32, 3), 4), y, data_std=0.5)
+
+Each of METHODS takes a NoiseFn and returns one, at no further evaluation of the network. In all of them x_0 given x_t
+is taken as normal around the data prediction, with the variance that normal data of standard deviation d have there,
+r^2 = d^2 sigma^2 / (alpha^2 d^2 + sigma^2) (Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse
+problems", with d = 1).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from score_sde.denoiser import NoiseFn
+from score_sde.errors import UserError
+from score_sde.sde import SDE, per_image
+
+LOST = 0.03  # a blur's singular values below this are taken as zero
+CG_STEPS = 64
+
+
+class Measurement(NamedTuple):
+    """What is measured of an image: the operator A, and if it is linear its regularized inverse."""
+
+    apply: Callable  # A: x (B, H, W, C) -> y (B, ...), each of its own image alone
+    pull: Callable | None = None  # (residual (B, ...), c (B,)) -> A^T (A A^T + c)^-1 residual; None: not linear
+
+
+# ------------------------------------------------------------------------------------------------ measurements
+
+
+def inpainting(mask) -> Measurement:
+    """The pixels under `mask` (1, H, W, 1 or C), zeros elsewhere."""
+    known = jnp.asarray(mask, jnp.float32)
+    return Measurement(lambda x: known * x, lambda residual, c: known * residual / (1 + per_image(c, residual)))
+
+
+def gray(shape: tuple[int, int, int]) -> Measurement:
+    """The mean over channels (B, H, W, 1), of images of `shape` (H, W, C)."""
+    channels = shape[-1]
+    pull = lambda residual, c: jnp.repeat(residual, channels, -1) / (1 + channels * per_image(c, residual))
+    return Measurement(lambda x: x.mean(-1, keepdims=True), pull)
+
+
+def block_means(shape: tuple[int, int, int], factor: int) -> Measurement:
+    """The means of blocks of factor x factor pixels: an image of so much lower resolution."""
+    height, width, channels = shape
+    if factor < 2 or height % factor or width % factor:
+        raise UserError(f"a factor of {factor} for images of {height}x{width}: expected one above 1 that divides both")
+
+    def apply(x):
+        return x.reshape(-1, height // factor, factor, width // factor, factor, channels).mean((2, 4))
+
+    def pull(residual, c):
+        residual = residual / (1 + factor**2 * per_image(c, residual))
+        return jnp.repeat(jnp.repeat(residual, factor, 1), factor, 2)
+
+    return Measurement(apply, pull)
+
+
+def blur(shape: tuple[int, int, int], std: float) -> Measurement:
+    """The image under a Gaussian of standard deviation `std` pixels, whose weights within the image have the sum 1."""
+    if not 0 < std < max(shape[:2]):
+        raise UserError(f"a blur of {std:g} pixels: expected a positive one below {max(shape[:2])}")
+
+    def parts(n):
+        kernel = np.exp(-0.5 * ((np.arange(n)[:, None] - np.arange(n)) / std) ** 2)
+        kernel /= kernel.sum(1, keepdims=True)
+        return [jnp.asarray(part, jnp.float32) for part in (kernel, *np.linalg.svd(kernel))]
+
+    (down, u_down, s_down, v_down), (across, u_across, s_across, v_across) = (parts(n) for n in shape[:2])
+    s = jnp.outer(s_down, s_across)[None, :, :, None]
+    both = lambda left, right, x: jnp.einsum("ij,bjkc,lk->bilc", left, x, right)
+
+    def pull(residual, c):
+        weights = jnp.where(s > LOST, s / (s**2 + per_image(c, residual)), 0.0)
+        return both(v_down.T, v_across.T, weights * both(u_down.T, u_across.T, residual))
+
+    return Measurement(lambda x: both(down, across, x), pull)
+
+
+def operator(apply: Callable, shape: tuple[int, int, int]) -> Measurement:
+    """Anyone's A, x (B, H, W, C) -> y (B, ...), jittable; if it is linear, its inverse by conjugate gradients.
+
+    UserError for one that does not take images of `shape`, or returns anything but floats for each.
+    """
+    try:
+        y = jax.eval_shape(apply, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+        fits = y.shape[:1] == (2,) and jnp.issubdtype(y.dtype, jnp.floating)
+    except Exception as error:  # it is anyone's code
+        raise UserError(
+            f"the operator does not take images (B, {shape}): {' '.join(str(error).split())[:200]}"
+        ) from None
+    if not fits:
+        raise UserError(f"the operator makes {y.dtype} {y.shape} of 2 images {shape}: expected floats (2, ...)")
+    one, two = np.random.default_rng(0).normal(size=(2, 2, *shape)).astype(np.float32)
+    of_one, of_two, of_both = (np.asarray(apply(jnp.asarray(x))) for x in (one, two, 2 * one + two))
+    if not np.isfinite(of_both).all():
+        raise UserError("the operator makes what is not finite of normal images: expected finite values")
+    if not np.allclose(2 * of_one + of_two, of_both, rtol=1e-3, atol=1e-3 * max(np.abs(of_both).max(), 1e-6)):
+        return Measurement(apply)
+    if not np.allclose(apply(jnp.asarray(one[:1])), of_one[:1], rtol=1e-3, atol=1e-4):
+        raise UserError("the operator mixes the images of a batch: expected y of each image alone")
+
+    def pull_one(residual, c):
+        forward = lambda x: apply(x[None])[0]
+        back = jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, residual.dtype))
+        square = lambda v: forward(back(v)[0]) + c * v
+        return back(jax.scipy.sparse.linalg.cg(square, residual, maxiter=CG_STEPS)[0])[0]
+
+    return Measurement(apply, lambda residual, c: jax.vmap(pull_one)(residual, jnp.broadcast_to(c, len(residual))))
+
+
+# ------------------------------------------------------------------------------------------------ methods
+
+
+def ddnm(noise: NoiseFn, sde: SDE, measurement: Measurement, y, *, std: float = 0.0, data_std: float = 0.5) -> NoiseFn:
+    """The data prediction is put right: x0 + A^T (A A^T + std^2 / r^2)^-1 (y - A x0).
+
+    With std = 0 the measurement holds exactly (Wang et al. 2022, 2212.00490, eq. 13); the mean of x_0 given x0 and y
+    with r^2 as above otherwise. No derivative is taken.
+    """
+
+    def bent(x, t):
+        alpha, sigma, variance = _scales(sde, x, t, data_std)
+        eps = noise(x, t)
+        x0 = (x - per_image(sigma, x) * eps) / per_image(alpha, x)
+        return eps - per_image(alpha / sigma, x) * measurement.pull(y - measurement.apply(x0), std**2 / variance)
+
+    return bent
+
+
+def pigdm(noise: NoiseFn, sde: SDE, measurement: Measurement, y, *, std: float = 0.0, data_std: float = 0.5) -> NoiseFn:
+    """eps - sigma (d x0 / d x)^T A^T (r^2 A A^T + std^2)^-1 (y - A x0) (Song et al. 2023, eq. 7).
+
+    Exact for normal data of one variance, whatever A is. Each evaluation is differentiated.
+    """
+
+    def bent(x, t):
+        alpha, sigma, variance = _scales(sde, x, t, data_std)
+        x0, back, eps = jax.vjp(_data_prediction(noise, alpha, sigma, t), x, has_aux=True)
+        pulled = measurement.pull(y - measurement.apply(x0), std**2 / variance) / per_image(variance, x)
+        return eps - per_image(sigma, x) * back(pulled)[0]
+
+    return bent
+
+
+def dps(noise: NoiseFn, sde: SDE, measurement: Measurement, y, *, std: float = 0.0, data_std: float = 0.5) -> NoiseFn:
+    """eps + sigma d/dx |y - A x0|^2 / (2 v), for any differentiable A (Chung et al. 2022, 2209.14687, eq. 11).
+
+    The paper replaces 1 / v by a step size for each task; here v = std^2 + r^2 k, where k is the mean square by which A
+    stretches one random direction at x0, so that nothing is to be tuned and no solver's step is presumed.
+    """
+
+    def bent(x, t):
+        alpha, sigma, variance = _scales(sde, x, t, data_std)
+        predict = _data_prediction(noise, alpha, sigma, t)
+        direction = jnp.broadcast_to(jax.random.normal(jax.random.key(0), x.shape[1:], x.dtype), x.shape)
+
+        def half_square(x):
+            x0, eps = predict(x)
+            missing = (y - measurement.apply(x0)).reshape(len(x), -1)
+            _, stretched = jax.jvp(measurement.apply, (jax.lax.stop_gradient(x0),), (direction,))
+            k = jnp.square(stretched).reshape(len(x), -1).mean(1)
+            return (jnp.square(missing).sum(1) / (2 * (std**2 + variance * k))).sum(), eps
+
+        gradient, eps = jax.grad(half_square, has_aux=True)(x)
+        return eps + per_image(sigma, x) * gradient
+
+    return bent
+
+
+METHODS = {"pigdm": pigdm, "dps": dps, "ddnm": ddnm}
+
+
+def check_method(method: str, measurement: Measurement):
+    """Refuse a method that needs the inverse of an operator that has none."""
+    if measurement.pull is None and method != "dps":
+        raise UserError(f"the operator is not linear, as {method} needs it: --method=dps takes any")
+
+
+def _scales(sde: SDE, x, t, data_std: float):
+    """alpha, sigma and r^2, each (B,)."""
+    t = jnp.broadcast_to(t, x.shape[:1])
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    return alpha, sigma, (data_std * sigma) ** 2 / ((alpha * data_std) ** 2 + sigma**2)
+
+
+def _data_prediction(noise: NoiseFn, alpha, sigma, t) -> Callable:
+    """x -> (x0, eps) at times t."""
+
+    def predict(x):
+        eps = noise(x, t)
+        return (x - per_image(sigma, x) * eps) / per_image(alpha, x), eps
+
+    return predict
