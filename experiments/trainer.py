@@ -81,8 +81,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     marks = stream.images.marks()
     if last := checkpoints.last(lambda step: checkpoints.restore(step, state)):
         _, (state, meta) = last
-        if meta["stream"] != stream_identity(config, stream):
-            raise UserError(f"{workdir} was trained on other data ({meta['stream']}): restore them or start a new run")
+        theirs = meta.get("stream", "those of another program")
+        if theirs != stream_identity(config, stream):
+            raise UserError(
+                f"{workdir} was trained on other data ({theirs}): restore them, or start a new run, which may begin "
+                f"with its parameters, --config.training.init={workdir}"
+            )
         if "data" in meta and data.identity(marks, meta["data"]["without"]) != meta["data"]["identity"]:
             raise UserError(
                 f"{workdir} was trained on other data: images of {stream.images.name} were replaced, renamed or given "
