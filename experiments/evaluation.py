@@ -394,12 +394,4 @@ RESULT = ("samples", "first_images", "num_samples", "dataset", "reference", "wei
 
 def path_of(result: dict, name: str) -> pathlib.Path:
     """Where a result of anyone's images belongs: beside one of other images or another reference, which is kept."""
-    path = runs.RUNS / "evaluated" / f"{name}.json"
-    try:
-        there = json.loads(path.read_text())
-        own = all(there.get(key) == result[key] for key in RESULT)
-    except FileNotFoundError:
-        own = True
-    except (OSError, ValueError, AttributeError):
-        own = False
-    return path if own else path.with_name(f"{name}-{features.fingerprint(*(result[key] for key in RESULT))}.json")
+    return reports.beside(runs.RUNS / "evaluated" / f"{name}.json", result, RESULT)

@@ -40,6 +40,13 @@ def save(folder, params, provenance: dict):
     )
 
 
+def provenance(folder) -> dict:
+    """How a packed model came about, without its parameters."""
+    path = pathlib.Path(folder) / NAME
+    with files.reading(path, "holds no packed model", "pack it again, python -m tools.pack"):
+        return dict(json.loads(str(files.load_npz(path, ["provenance"])["provenance"])))
+
+
 def load(folder, template) -> tuple[dict, dict]:
     """The parameters, in float32, and their provenance; refused unless they are the template's and what was packed."""
     path = pathlib.Path(folder) / NAME

@@ -9,6 +9,7 @@ import json
 import pathlib
 
 from score_sde import files
+from score_sde.metrics import features
 
 LISTS = ("fid", "latent_mse")
 # What a result may tell of what bends a model.
@@ -18,6 +19,19 @@ ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "networ
 ROW += (*BENDING, "samples")
 # What tells two results of another metric apart; an earlier one that differs in any is kept among "others".
 APART = ("seed", "dataset", "ems_file", "solver", "steps", "options", *BENDING)
+
+
+def beside(path: pathlib.Path, record: dict, keys: tuple[str, ...]) -> pathlib.Path:
+    """The path for a record, a JSON file, or one beside it if a record is there that differs in any of these keys."""
+    try:
+        there = json.loads(path.read_text())
+        own = all(there.get(key) == record[key] for key in keys)
+    except FileNotFoundError:
+        own = True
+    except (OSError, ValueError, AttributeError):
+        own = False
+    apart = features.fingerprint(*(record[key] for key in keys))
+    return path if own else path.with_name(f"{path.stem}-{apart}.json")
 
 
 def read(folder: pathlib.Path) -> dict | None:

@@ -771,7 +771,7 @@ def _flax_tree(tree: Any) -> Foreign:
     leaves = _leaves(_expect(tree, dict))
     model, ema = _roles([(way, leaf) for way, leaf in leaves if isinstance(leaf, np.ndarray)])
     if not model and not ema:
-        raise _Malformed("it holds no arrays of parameters")
+        raise _Malformed("it holds no arrays that could be parameters of a config's network")
     nested = lambda entries: traverse_util.unflatten_dict(entries) if entries else None
     return Foreign("flax", nested(model), nested(ema), _step_of(leaves))
 

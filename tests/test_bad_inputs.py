@@ -557,6 +557,38 @@ BAD = {
 # ------------------------------------------------------------------------------------------------ the test
 
 
+# Every flag that takes a path, and what is no seed: nothing is left behind by any of them.
+CLOUDS = {
+    "train --config=tiny.py": ("workdir", "dataset_at", "config.data.dataset", "config.training.init"),
+    SAMPLE: ("workdir", "tableau", "ems", "image", "mask", "classifier", "name"),
+    EVALUATE: ("workdir", "ems", "samples", "reference", "network", "inception_weights", "classifier"),
+    "ems": ("workdir", "data"),
+    "ems merge": ("workdir", ""),
+    SEARCH: ("workdir", "ems"),
+    "importers": ("workdir", "export", ""),
+    METRICS: ("dataset", "folder", "name"),
+}
+BAD |= {
+    f"{command.split()[0]} {flag or 'file'} in a cloud": (
+        f"{command} {f'--{flag}=' if flag else ''}gs://bucket/a" + " x.moments" * (command == "ems merge"),
+        "gs://bucket/a",
+    )
+    for command, flags_of in CLOUDS.items()
+    for flag in flags_of
+}
+BAD |= {
+    f"{command.split()[0]} seed {seed}": (f"{command} --{'config.' * command.startswith('train')}seed={seed}", "seed")
+    for command in ("train --config=tiny.py", SAMPLE, EVALUATE, "ems", SEARCH, METRICS)
+    for seed in ("-1", 2**64, "1.5")
+}
+BAD |= {
+    "no data at the end": (TRAIN + "--config.sde.beta_max=400", "says nothing of the data", "v or x0", "t_max=0.26"),
+    "a file for a folder": ("train --config=tiny.py --workdir=tiny.py/x", "tiny.py is no folder"),
+    "a wrong reference": (EVALUATE + "--metrics=loss,fid --network=resnet20-cifar10 --reference=ems/shape.npz", "mu"),
+    "too few steps of a solver": (EVALUATE + "--metrics=loss,samples --solver=pndm --steps=2", "use --steps=4 or more"),
+}
+
+
 @contextlib.contextmanager
 def as_its_own_process(*arguments):
     """Flags of a program alone, though this process has others; settings that a program makes are undone."""

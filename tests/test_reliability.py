@@ -251,3 +251,13 @@ def test_a_report_put_aside_twice_loses_nothing(tmp_path):
         kept[found["model"]["identity"]] = {row["seed"] for row in [found["loss"], *found.get("others", [])]}
     assert kept == {"aa": {0, 1}, "bb": {0, 1}}
     assert report.read(tmp_path)["model"]["identity"] == "cc"
+
+
+def test_a_search_that_was_asked_for_otherwise_is_kept(tmp_path):
+    path, keys = tmp_path / "step8-ddim-5.json", ("checkpoint", "asked")
+    record = dict(checkpoint="abc", asked="x", held_out_rms={})
+    assert report.beside(path, record, keys) == path
+    files.write(path, json.dumps(record))
+    assert report.beside(path, record | dict(held_out_rms={"published": 1}), keys) == path
+    for change in (dict(checkpoint="def"), dict(asked="y")):
+        assert report.beside(path, record | change, keys) != path

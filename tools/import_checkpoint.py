@@ -160,6 +160,9 @@ def _widths(fields) -> set[int]:
 
 def export(model: runs.Model, path: str):
     """Write a run's averaged parameters as arrays that PyTorch loads by name."""
+    files.check_writable(pathlib.Path(path).parent)
+    if pathlib.Path(path).is_file():
+        raise UserError(f"{path} is there already: choose another --export, or delete it")
     arrays = to_torch(model.params, build.network_of(model.config), model.diffusion.space.shape)
     files.save_npz(path, arrays)
     print(f"wrote {len(arrays)} arrays to {path}; load them with load_state_dict(..., strict=False)")

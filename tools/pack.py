@@ -83,7 +83,9 @@ def pack(model: runs.Model, name: str | None = None, ems_path: str | None = None
 
 
 def pack_parameters(run: runs.Model, folder: pathlib.Path) -> runs.Model:
-    """The packed model of a run; how that came about is kept with the parameters."""
+    """The packed model of a run; how that came about is kept with the parameters. UserError where another one is."""
+    if packed.is_packed(folder) and (there := packed.provenance(folder).get("run")) != run.identity:
+        raise UserError(f"{folder} holds the model of another run ({there}): choose another --name")
     files.write(folder / "config.json", json.dumps(portable(run.config).to_dict(), indent=2) + "\n")
     own, *before = runs.history(run)
     before = [made | dict(config=portable(made["config"]).to_dict()) for made in before]

@@ -23,11 +23,13 @@ import numpy as np
 from absl import flags
 
 from experiments import measuring, program, runs, samplers
+from experiments import report as reports
 from experiments.config import shown
 from score_sde import VERSION, files, parallel
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
+from score_sde.metrics import features
 from solvers import gits, learned
 from solvers.dpm_solver import dpm_solver_pp
 from solvers.grids import GRIDS
@@ -145,6 +147,7 @@ def search(
         steps=steps,
         options=options,
         checkpoint=model.identity,
+        asked=features.fingerprint(given, guidance.scale, noises, seed, ems_path),
         corrections=corrections and {name: values.tolist() for name, values in corrections._asdict().items()},
         held_out_rms=held_out,
         searched_rms=value,
@@ -155,6 +158,7 @@ def search(
     )
     guided = "" if guidance.scale is None else f"-guidance{guidance.scale:g}"
     path = model.results / "solvers" / f"step{model.step}-{solver}-{steps}{guided}{'-learned' if learn else ''}.json"
+    path = reports.beside(path, record, ("checkpoint", "asked"))
     files.write(path, json.dumps(record, indent=2) + "\n")
     return path, held_out
 

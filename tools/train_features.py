@@ -67,6 +67,9 @@ def train_features(
     checkpoint_path = pathlib.Path("runs") / f"resnet20_{name}" / "state.npz"
     for place in (folder, checkpoint_path.parent):
         files.check_writable(place)
+    path = pathlib.Path(folder) / f"resnet20_{name}.npz"
+    if path.exists() and not kept.exists():
+        raise UserError(f"{path} holds a network of another training: choose another --name, or delete it")
     load = lambda split: sources.load(dataset, split, image_size=image_size, num_channels=num_channels)
     images, held_out = load("train"), load("test")
     build.say(images)
@@ -131,7 +134,6 @@ def train_features(
         command=" ".join(["python -m tools.train_features", *sys.argv[1:]]),
         versions=dict(score_sde=VERSION, jax=jax.__version__),
     )
-    path = pathlib.Path(folder) / f"resnet20_{name}.npz"
     half = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), state[0])  # as it will be used
     provenance["test_accuracy"] = round(accuracy(network, half, held_out), 4)
     resnet.save(path, half, provenance)
