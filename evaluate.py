@@ -5,7 +5,7 @@
     python evaluate.py --metrics=bpd,encoding               bits/dim of test images; how well the ODE brings them back
     python evaluate.py --metrics=fid --num_samples=10000 [--solver=dpmv3 --steps=10] [--network=resnet20-fashion_mnist]
     python evaluate.py --metrics=fid --solver=ddim,dpmpp,unipc,dpmv3 --steps=5,6,8,10,12,15,20      the paper's table
-    python evaluate.py --metrics=samples,fid --guidance=2 [--classifier=WORKDIR]     of the model as it is guided
+    python evaluate.py --metrics=samples,fid --guidance=2 [--classifier=WORKDIR | --autoguidance=STEP]   as it is guided
     python evaluate.py --samples=FOLDER --config=configs/fashion_mnist.py       anyone's images against a data set
     python evaluate.py --statistics --config=configs/fashion_mnist.py           of a data set, kept in runs/statistics/
 
@@ -22,7 +22,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import build, evaluation, program, quality, runs, samplers
+from experiments import build, evaluation, guides, program, quality, runs, samplers
 from experiments import report as reports
 from score_sde import checkpoint, files
 from score_sde.errors import UserError
@@ -50,6 +50,7 @@ GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance of samples, f
 GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,high outside which there is no guidance.")
 THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data predictions in the data range.")
 CLASSIFIER = flags.DEFINE_string("classifier", None, "The run folder of a classifier that guides them.")
+AUTOGUIDANCE = flags.DEFINE_string("autoguidance", None, "An earlier step, or the run folder of a weaker model.")
 LABEL = flags.DEFINE_integer("label", None, "Class of their samples; all classes by turns if absent.", lower_bound=0)
 
 
@@ -94,8 +95,8 @@ def main():
 
     # ------------------------------------------------------------------------------ one call a checkpoint
     def evaluate(model, name="."):
-        classifier = None if CLASSIFIER.value is None else runs.open_classifier(CLASSIFIER.value, model)
-        return evaluation.evaluate(model, METRICS.value, options._replace(classifier=classifier), name)
+        beside = guides.guide_of(model, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value)
+        return evaluation.evaluate(model, METRICS.value, options._replace(beside=beside), name)
 
     if CHECKPOINT.value is None:
         evaluate(opened(WORKDIR.value))

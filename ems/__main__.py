@@ -4,6 +4,8 @@
     python -m ems --num_data=2048 --first_image=2048      another machine's share of the images
     python -m ems merge FILE FILE ...                     all shares together, from their .moments files
     python -m ems --guidance=2.0                          of a class-conditional model that is sampled with guidance
+    python -m ems --guidance=2.0 --classifier=WORKDIR     of a model that a classifier guides
+    python -m ems --guidance=2.0 --autoguidance=WORKDIR   of a model that a weaker one guides, or an earlier step
     python -m ems --data=samples                          without the training images, on the model's own samples
     python -m ems --data=FILE.npz                         on latents, as they are: `latents`, (K, H, W, C) of floats
     python -m ems published FOLDER --t_end=1e-3           take over the published l.npz and sb.npz
@@ -15,7 +17,7 @@ quick, 120 nodes and 1024 images; paper, 1200 nodes and 4096 images.
 
 from absl import flags
 
-from experiments import measuring, program, runs
+from experiments import guides, measuring, program, runs
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
 
@@ -30,6 +32,8 @@ FIRST_IMAGE = flags.DEFINE_integer("first_image", 0, "Where they begin; a machin
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; the config's if absent.", lower_bound=1)
 DATA = flags.DEFINE_string("data", None, "samples, or an .npz of latents; the training images if absent.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Measure the model guided with this scale.")
+CLASSIFIER = flags.DEFINE_string("classifier", None, "The run folder of a classifier that guides it.")
+AUTOGUIDANCE = flags.DEFINE_string("autoguidance", None, "An earlier step, or the run folder of a weaker model.")
 T_END = flags.DEFINE_float("t_end", None, "Where the nodes end; the config's, else the SDE's t_min if absent.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and probes.")
 
@@ -42,11 +46,13 @@ def main(arguments):
     if len(files) < least[command] or (command != "merge" and len(files) > least[command]):
         raise UserError(f"python -m ems {command} takes {least[command]} file(s) (merge: or more), got {len(files)}")
     model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
+    beside = guides.guide_of(model, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value)
+    guidance = dict(guidance=Guidance(GUIDANCE.value), beside=beside)
     if command == "merge":
-        measuring.merge(model, files)
+        measuring.merge(model, files, beside)
     elif command == "published":
         t_end = model.diffusion.sde.t_min if T_END.value is None else T_END.value
-        measuring.take_published(model, *files, t_end=t_end)
+        measuring.take_published(model, *files, t_end=t_end, **guidance)
     else:
         given = dict(nodes=NODES.value, num_data=NUM_DATA.value, batch_size=BATCH_SIZE.value, t_end=T_END.value)
         given = {name: value for name, value in given.items() if value is not None}
@@ -57,7 +63,7 @@ def main(arguments):
             seed=SEED.value,
             first_image=FIRST_IMAGE.value,
             source=DATA.value,
-            guidance=Guidance(GUIDANCE.value),
+            **guidance,
         )
 
 

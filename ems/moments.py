@@ -113,7 +113,7 @@ def load(path) -> Saved:
     try:
         arrays = files.load_npz(path)
         origin = json.loads(str(arrays.pop("origin")))
-        if missing := {*SHARED, "images", "num_data"} - {*origin}:
+        if missing := {*SHARED, "images", "num_data"} - {"guided_by", *origin}:
             raise ValueError(f"its origin lacks {', '.join(sorted(missing))}")
         arrays = {name: np.asarray(value, np.float64) for name, value in arrays.items()}
         n, w = arrays["n"], arrays["w"]
@@ -139,6 +139,7 @@ SHARED = {
     "sde": "SDE",
     "data": "data",
     "guidance_scale": "guidance scale",
+    "guided_by": "guide",
 }
 
 

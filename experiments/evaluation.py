@@ -46,11 +46,11 @@ class Options(NamedTuple):
     reference: str | None = None  # statistics that fid compares with; those of the config's data set if None
     guidance: Guidance = measuring.NONE  # of samples, fid and convergence
     label: int | None = None  # class of their samples; all by turns if None
-    classifier: runs.TrainedClassifier | None = None  # guides in the place of the model's own classes
+    beside: runs.Guide | None = None  # guides in the place of the model's own classes
 
     def guide(self, model: runs.Model) -> runs.Model:
         """The model as it is sampled."""
-        return runs.with_guidance(model, self.guidance, label=self.label, classifier=self.classifier)
+        return runs.with_guidance(model, self.guidance, label=self.label, beside=self.beside)
 
     def ways(self, model: runs.Model) -> list[tuple[str, int]]:
         """Each solver with each number of evaluations."""
@@ -59,14 +59,13 @@ class Options(NamedTuple):
 
     def ems_for(self, solver: str, model: runs.Model):
         """The EMS that the solver takes for the model as it is sampled, if it takes any."""
-        own = self.guidance if self.classifier is None else measuring.NONE
-        return measuring.ems_of(model, self.ems, own) if solver == "dpmv3" else None
+        return measuring.ems_of(model, self.ems, self.guidance, self.beside) if solver == "dpmv3" else None
 
     def bending(self) -> dict:
         """What bends the model, for the record; empty where nothing does."""
-        scale, interval, threshold, _ = self.guidance
-        workdir = None if self.classifier is None else str(self.classifier.workdir)
-        bending = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, classifier=workdir)
+        scale, interval, threshold, *_ = self.guidance
+        beside = self.beside and self.beside.name
+        bending = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, guided_by=beside)
         return {name: value for name, value in bending.items() if value is not None}
 
 
@@ -175,7 +174,7 @@ def convergence(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     distances = {name: [] for name in STUDY}
     for k in program.progress(steps, desc="convergence"):
         for name, (solver, own) in STUDY.items():
-            table = samplers.build_tableau(diffusion.sde, solver, k, ems, options.guidance.scale, **own)
+            table = samplers.build_tableau(diffusion.sde, solver, k, ems, **own)
             distances[name].append(samplers.rms(solve(table[0]) - fine))
     # halving the step of a second-order solver quarters its error
     uncertainty = samplers.rms(fine - coarser) / 3
@@ -189,7 +188,7 @@ def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     sampled = options.guide(model)
     solver, steps = options.ways(model)[0]
     sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
-    way = quality.drawer(sampled, sample, solver, steps, options.ems_for(solver, model), options.guidance.scale)
+    way = quality.drawer(sampled, sample, solver, steps, options.ems_for(solver, model))
     figures.save_grid(folder / "samples.png", way.images_of(0, way.batch_size)[:256])
     about = dict(solver=solver, steps=steps, options=way.options, num_samples=min(way.batch_size, 256))
     yield about | options.bending()
@@ -212,7 +211,6 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
             n=options.num_samples,
             seed=options.seed,
             ems=options.ems_for(solver, model),
-            guidance_scale=options.guidance.scale,
             reference_path=options.reference,
             bending=options.bending(),
         )

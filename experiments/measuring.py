@@ -13,11 +13,11 @@ import numpy as np
 
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
-from experiments import build, figures, program, runs, samplers
+from experiments import build, figures, guides, program, runs, samplers
 from score_sde import VERSION, data, files, parallel
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
-from score_sde.guidance import Guidance, guide
+from score_sde.guidance import Guidance
 from solvers.dpm_solver import dpm_solver_pp
 
 NONE = Guidance()
@@ -34,11 +34,12 @@ def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
         "_seed": origin["seed"] or None,
     }
     name += "".join(f"{key}{value:g}" for key, value in apart.items() if value is not None)
+    name += "" if origin["guided_by"] is None else f"_by_{origin['guided_by']}"
     name += "" if origin["data"] == model.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
     return model.results / "ems" / f"{name.replace(' ', '_')}.npz"
 
 
-def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
+def find(model: runs.Model, guidance_scale: float | None = None, guided_by: str | None = None) -> pathlib.Path | None:
     """The run's statistics of this checkpoint and guidance: on data before own samples, on most images, then nodes."""
     measured = sorted((model.results / "ems").glob(f"step{model.step}_*.npz"))
     found = {
@@ -52,13 +53,15 @@ def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path
         found[path]["nodes"],
         -found[path].get("t_end", np.inf),
     )
-    wanted = (model.identity, guidance_scale)
-    fitting = [path for path, origin in found.items() if (origin["checkpoint"], origin["guidance_scale"]) == wanted]
-    return max(fitting, key=rank, default=None)
+    measured = lambda origin: (origin["checkpoint"], origin["guidance_scale"], origin.get("guided_by"))
+    wanted = (model.identity, guidance_scale, guided_by)
+    return max((path for path, origin in found.items() if measured(origin) == wanted), key=rank, default=None)
 
 
-def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = None) -> EMS:
-    """Statistics from a file, refused unless they were measured on this very model, with this scale of guidance."""
+def load(
+    model: runs.Model, path: pathlib.Path, guidance_scale: float | None = None, beside: runs.Guide | None = None
+) -> EMS:
+    """Statistics from a file, refused unless they were measured on this very model, guided in this very way."""
     ems = statistics.load(path)
     origin = ems.origin
     if origin.get("checkpoint") != model.identity:
@@ -68,12 +71,17 @@ def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = N
         )
     if ems.l.shape[1:] != model.diffusion.space.shape:
         raise UserError(f"{path} is for images {ems.l.shape[1:]}, this model's are {model.diffusion.space.shape}")
-    if origin.get("guidance_scale") != guidance_scale:
+    measured, wanted = (
+        (origin.get("guidance_scale"), origin.get("guided_by")),
+        (guidance_scale, beside and beside.identity),
+    )
+    if measured != wanted:
         theirs, ours = (
-            "without guidance" if scale is None else f"with guidance {scale:g}"
-            for scale in (origin.get("guidance_scale"), guidance_scale)
+            "without guidance" if scale is None else f"with guidance {scale:g}" + (f" by {guide}" if guide else "")
+            for scale, guide in (measured, wanted)
         )
         flag = "" if guidance_scale is None else f" --guidance={guidance_scale:g}"
+        flag += "" if beside is None else f" {beside.flag}"
         raise UserError(
             f"{path} was measured {theirs}, sampling is {ours}: measure again with "
             f"python -m ems --workdir={model.workdir}{flag}"
@@ -95,9 +103,16 @@ class Source(NamedTuple):
 
 
 def training_images(model: runs.Model) -> Source:
-    """The training images, unflipped, in a fixed random order: a stored order may be one class after the other."""
+    """The training images, unflipped, in a fixed random order: a stored order may be one class after the other.
+
+    model: as it is measured, with the classes of what guides it.
+    """
     try:
         images = build.images_of(model.config, "train")
+        if model.diffusion.num_classes and "label" not in images.take(np.arange(1)):
+            raise UserError(f"{images.name} has no labels, towards which a classifier guides")
+        if model.diffusion.num_classes:
+            images = build.checked_labels(images, model.diffusion.num_classes, "the number of classes")
     except UserError as error:
         raise UserError(f"{error}; without the images, python -m ems --data=samples measures on own samples") from None
     order = data.permutation(0, 0, images.size)
@@ -145,16 +160,19 @@ def measure(
     first_image: int = 0,
     source: str | None = None,
     guidance: Guidance = NONE,
+    beside: runs.Guide | None = None,
 ) -> pathlib.Path:
     """Measure l, s, b and their errors; write the statistics, their picture and the moments; return the first's path.
 
     t_end: where the nodes end, the SDE's t_min by default.
     first_image: where this measurement's images begin; several machines take different ones, and `merge` adds.
     source: the config's training images by default; "samples" for the model's own, or an .npz of latents.
-    guidance: whose classifier-free scale bends what is measured; thresholds and intervals have no part in statistics.
+    guidance: whose scale bends what is measured; thresholds and intervals have no part in statistics.
+    beside: what guides with parameters of its own, if anything.
     """
-    guidance_scale = guidance.own_scale
-    diffusion = guide(model.diffusion, Guidance(guidance_scale))
+    guidance_scale, guided_by = guides.bent_by(guidance, beside)
+    model = as_measured(model, guidance_scale, beside)
+    diffusion = model.diffusion
     sde, shape = diffusion.sde, diffusion.space.shape
     t_end = sde.t_min if t_end is None else t_end
     node = estimate.nodes(sde, nodes, t_end=t_end)
@@ -184,6 +202,7 @@ def measure(
         nodes=nodes,
         seed=seed,
         guidance_scale=guidance_scale,
+        guided_by=guided_by,
         jax=jax.__version__,
         score_sde=VERSION,
     )
@@ -193,6 +212,7 @@ def measure(
         return path
     evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), shape) / 1e6
     about = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
+    about += "" if guided_by is None else f" by {guided_by}"
     print(
         f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{about}: "
         f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
@@ -217,11 +237,17 @@ def measure(
             shape,
             batch_size=batch_size,
             partial=path.with_suffix(".partial.npz"),
-            identity=f"{model.identity} {origin['sde']} {images.name} {guidance_scale} seed {seed}",
+            identity=f"{model.identity} {origin['sde']} {images.name} {guidance_scale} seed {seed}"
+            + ("" if guided_by is None else f" by {guided_by}"),
             progress=progress,
         )
-    write(model._replace(diffusion=diffusion), path, moments.Saved(node.t, node.lam, blocks, origin))
+    write(model, path, moments.Saved(node.t, node.lam, blocks, origin))
     return path
+
+
+def as_measured(model: runs.Model, guidance_scale: float | None, beside: runs.Guide | None) -> runs.Model:
+    """The model that statistics are of: guided with that scale, or alone if it is None."""
+    return runs.with_guidance(model, Guidance(guidance_scale), beside=None if guidance_scale is None else beside)
 
 
 def on_devices(diffusion: Diffusion, params, seed: int) -> Callable:
@@ -305,8 +331,11 @@ def print_errors(model: runs.Model, ems: EMS, without: list[EMS], sizes: list[fl
     return ems._replace(origin=ems.origin | {"samples": judged})
 
 
-def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
-    """The statistics of this model from several machines' moments (or statistics with their moments beside)."""
+def merge(model: runs.Model, paths: list[str], beside: runs.Guide | None = None) -> pathlib.Path:
+    """The statistics of this model from several machines' moments (or statistics with their moments beside).
+
+    beside: what guided the model while it was measured, if anything with parameters of its own.
+    """
     saved = [moments.load(path) for path in paths]
     for path, part in zip(paths, saved, strict=True):
         if missing := {"nodes", "t_end", "seed"} - {*part.origin}:
@@ -319,15 +348,28 @@ def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
     whole, names = saved[0], paths[0]
     for path, part in zip(paths[1:], saved[1:], strict=True):
         whole, names = moments.add(whole, part, (names, path)), f"{names}, {path}"
+    whole.origin.setdefault("guided_by", None)
+    if whole.origin["guided_by"] != (beside and beside.identity):
+        raise UserError(
+            f"{paths[0]} was measured guided by {whole.origin['guided_by'] or 'nothing beside the model'}: "
+            "give that by --classifier or --autoguidance, or leave them out"
+        )
     path = path_of(model, whole.origin)
     print(f"EMS: {len(paths)} measurements, {whole.origin['num_data']} images of {whole.origin['data']}")
-    diffusion = guide(model.diffusion, Guidance(whole.origin["guidance_scale"]))
-    write(model._replace(diffusion=diffusion), path, whole)
+    write(as_measured(model, whole.origin["guidance_scale"], beside), path, whole)
     return path
 
 
-def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.Path:
-    """Published statistics (l.npz, sb.npz), which tell of no model, taken for this model's."""
+def take_published(
+    model: runs.Model,
+    folder: str,
+    *,
+    t_end: float,
+    guidance: Guidance = NONE,
+    beside: runs.Guide | None = None,
+) -> pathlib.Path:
+    """Published statistics (l.npz, sb.npz), which tell of no model, taken for this model's, guided in this way."""
+    guidance_scale, guided_by = guides.bent_by(guidance, beside)
     origin = dict(
         checkpoint=model.identity,
         step=model.step,
@@ -335,28 +377,34 @@ def take_published(model: runs.Model, folder: str, *, t_end: float) -> pathlib.P
         t_end=t_end,
         data=f"published {pathlib.Path(folder).name}",
         num_data=0,
-        guidance_scale=None,
+        guidance_scale=guidance_scale,
+        guided_by=guided_by,
         score_sde=VERSION,
     )
     shape = model.diffusion.space.shape
     ems = statistics.load_published(folder, model.diffusion.sde, shape, t_end=t_end, origin=origin)
     ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1))
-    path = model.results / "ems" / f"step{model.step}_nodes{len(ems.t) - 1}_published_end{t_end:g}.npz"
+    guided = "" if guidance_scale is None else f"_guidance{guidance_scale:g}" + f"_by_{guided_by}" * bool(guided_by)
+    name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{t_end:g}{guided}.npz"
+    path = model.results / "ems" / name.replace(" ", "_")
     statistics.save(path, ems)
     print(f"EMS: wrote {path}; whether they belong to {model.name}, and end at t={t_end:g}, their files do not tell")
     return path
 
 
-def ems_of(model: runs.Model, path: str | None = None, guidance: Guidance = NONE) -> EMS:
+def ems_of(
+    model: runs.Model, path: str | None = None, guidance: Guidance = NONE, beside: runs.Guide | None = None
+) -> EMS:
     """The statistics that a sampler of the guided model needs: of `path`, or found in the run, or measured now, once.
 
-    A classifier has no part in them.
+    model: without its guidance; beside: what guides it with parameters of its own, if anything.
     """
-    scale = guidance.own_scale
-    found = pathlib.Path(path) if path is not None else find(model, scale)
+    scale, guided_by = guides.bent_by(guidance, beside)
+    found = pathlib.Path(path) if path is not None else find(model, scale, guided_by)
     if found is None:
-        print(f"EMS: none yet for {model.name}; measuring once")
-        found = measure(model, **model.config.ems, guidance=guidance)
+        guided = "" if scale is None else f" with guidance {scale:g}" + (f" by {guided_by}" if guided_by else "")
+        print(f"EMS: none yet for {model.name}{guided}; measuring once")
+        found = measure(model, **model.config.ems, guidance=guidance, beside=beside)
         parallel.wait_for_all("statistics are written")
     print(f"EMS: {found}")
-    return load(model, found, scale)
+    return load(model, found, scale, beside if guided_by else None)

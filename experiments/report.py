@@ -10,7 +10,15 @@ import pathlib
 
 from score_sde.errors import UserError, one_line
 
-BENDING = ("guidance", "interval", "threshold", "label", "classifier")  # what a result may tell of what bends a model
+# What a result may tell of what bends a model.
+BENDING = (
+    "guidance",
+    "interval",
+    "threshold",
+    "label",
+    "classifier",
+    "guided_by",
+)
 # What tells two results of "fid" apart; a result that agrees in all takes the place of the earlier one.
 ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
 ROW += BENDING
@@ -225,6 +233,7 @@ def fid_lines(results) -> list[str]:
 
 def ems_lines(result) -> list[str]:
     guidance = f", guidance {result['guidance_scale']:g}" if result["guidance_scale"] else ""
+    guidance += f" by {result['guided_by']}" if result.get("guided_by") else ""
     return [
         f"EMS at {result['nodes'] + 1} nodes, of {result['num_data']} images of {result['data']}{guidance}",
         "",
