@@ -44,6 +44,7 @@ INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf 
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Images of fid; published numbers take 50000.", lower_bound=2)
 SOLVER = flags.DEFINE_list("solver", None, "Solvers for fid, the first also for samples; the config's if absent.")
+GRID = flags.DEFINE_string("grid", None, "Times of samples and fid: a named grid or gits; each solver's if absent.")
 STEPS = flags.DEFINE_list("steps", None, "Network evaluations, likewise; with each solver. The config's if absent.")
 
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance of samples, fid and convergence.")
@@ -86,6 +87,7 @@ def main():
         ems=EMS.value,
         solvers=SOLVER.value,
         steps=[int(text) for text in STEPS.value or []],
+        grid=GRID.value,
         num_samples=NUM_SAMPLES.value,
         network=network,
         reference=REFERENCE.value,

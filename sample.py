@@ -1,7 +1,7 @@
 """Draw samples from a trained model.
 
     python sample.py --solver=dpmv3 [--steps=10] [--num_samples=64] [--seed=0] [--workdir=runs/digits]
-    python sample.py --solver=dpmpp --option order=3
+    python sample.py --solver=dpmpp --option order=3 [--option grid=gits]       times along the model's own trajectories
     python sample.py --solver=pc --steps=1000
     python sample.py --label=3 --guidance=2.0       of a class-conditional model; without --label, classes by turns
     python sample.py --task=class --label=3 --classifier=runs/classifier_digits      any model, guided by a classifier
@@ -26,7 +26,7 @@ images, four samples each; grid.png then shows, in a row, an image, what was kno
 
 from absl import flags
 
-from experiments import drawing, guides, inverse_problems, measuring, program, restoration, runs, samplers
+from experiments import drawing, guides, inverse_problems, measuring, program, restoration, runs, samplers, times
 from experiments.config import shown
 from score_sde import parallel
 from score_sde.errors import UserError
@@ -112,6 +112,7 @@ def main():
         method = drawing.ode(model, options, seed=seed, pairs=task == "interpolate")
     else:
         ems = measuring.ems_of(plain, EMS.value, guidance, beside) if solver == "dpmv3" else None
+        options = times.with_times(model, solver, steps, options, ems)
         given = dict(ems=ems, corrections=corrections, measured=measured)
         method = drawing.few_step(model, solver, steps, options, seed=seed, **given)
 

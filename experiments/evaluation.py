@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ems import statistics
-from experiments import build, events, figures, measuring, program, quality, runs, samplers
+from experiments import build, events, figures, measuring, program, quality, runs, samplers, times
 from experiments import report as reports
 from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
@@ -41,6 +41,7 @@ class Options(NamedTuple):
     ems: str | None = None  # file for dpmv3; the run's own if None
     solvers: list[str] | None = None  # of fid, and the first of samples; the config's if None
     steps: list[int] | None = None  # evaluations, each with each solver; the config's if None
+    grid: str | None = None  # of samples and fid: a named grid or "gits"; each solver's own if None
     num_samples: int = 10_000  # of fid
     network: Callable = quality.feature_network  # config -> the FeatureNetwork of fid
     reference: str | None = None  # statistics that fid compares with; those of the config's data set if None
@@ -60,6 +61,11 @@ class Options(NamedTuple):
     def ems_for(self, solver: str, model: runs.Model):
         """The EMS that the solver takes for the model as it is sampled, if it takes any."""
         return measuring.ems_of(model, self.ems, self.guidance, self.beside) if solver == "dpmv3" else None
+
+    def options_for(self, solver: str, steps: int, sampled: runs.Model, ems) -> dict:
+        """The options that the solver is given; sampled: the model guided."""
+        given = {} if self.grid is None else dict(grid=self.grid)
+        return times.with_times(sampled, solver, steps, given, ems)
 
     def bending(self) -> dict:
         """What bends the model, for the record; empty where nothing does."""
@@ -188,7 +194,9 @@ def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     sampled = options.guide(model)
     solver, steps = options.ways(model)[0]
     sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
-    way = quality.drawer(sampled, sample, solver, steps, options.ems_for(solver, model))
+    ems = options.ems_for(solver, model)
+    given = options.options_for(solver, steps, sampled, ems)
+    way = quality.drawer(sampled, sample, solver, steps, ems, given)
     figures.save_grid(folder / "samples.png", way.images_of(0, way.batch_size)[:256])
     about = dict(solver=solver, steps=steps, options=way.options, num_samples=min(way.batch_size, 256))
     yield about | options.bending()
@@ -202,6 +210,7 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
     sampled, network = options.guide(model), options.network(model.config)
     sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
     for solver, steps in options.ways(model):
+        ems = options.ems_for(solver, model)
         yield quality.of_samples(
             sampled,
             solver,
@@ -210,7 +219,8 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
             network=network,
             n=options.num_samples,
             seed=options.seed,
-            ems=options.ems_for(solver, model),
+            ems=ems,
+            options=options.options_for(solver, steps, sampled, ems),
             reference_path=options.reference,
             bending=options.bending(),
         )
