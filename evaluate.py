@@ -6,7 +6,7 @@
     python evaluate.py --metrics=fid --num_samples=10000 [--solver=dpmv3 --steps=10] [--network=resnet20-fashion_mnist]
     python evaluate.py --metrics=fid --solver=ddim,dpmpp,unipc,dpmv3 --steps=5,6,8,10,12,15,20      the paper's table
     python evaluate.py --metrics=latent_mse --prompts=FILE --guidance=7.5 --solver=dpmpp,unipc,dpmv3 --steps=5,6,8,10
-    python evaluate.py --metrics=samples,fid --guidance=2 [--classifier=WORKDIR]     of the model as it is guided
+    python evaluate.py --metrics=samples,fid --guidance=2 [--classifier=WORKDIR | --autoguidance=STEP]   as it is guided
     python evaluate.py --samples=FOLDER --config=configs/fashion_mnist.py       anyone's images against a data set
     python evaluate.py --statistics --config=configs/fashion_mnist.py           of a data set, kept in runs/statistics/
 
@@ -23,7 +23,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import build, evaluation, program, quality, runs, samplers
+from experiments import build, evaluation, guides, program, quality, runs, samplers
 from experiments import prompts as prompting
 from experiments import report as reports
 from score_sde import checkpoint, files
@@ -46,12 +46,14 @@ INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf 
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of fid (published: 50000) and latent_mse.", lower_bound=2)
 SOLVER = flags.DEFINE_list("solver", None, "Solvers for fid, the first also for samples; the config's if absent.")
+GRID = flags.DEFINE_string("grid", None, "Times of samples and fid: a named grid or gits; each solver's if absent.")
 STEPS = flags.DEFINE_list("steps", None, "Network evaluations, likewise; with each solver. The config's if absent.")
 
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance of samples, fid and convergence.")
 GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,high outside which there is no guidance.")
 THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data predictions in the data range.")
 CLASSIFIER = program.path_flag("classifier", None, "The run folder of a classifier that guides them.")
+AUTOGUIDANCE = program.path_flag("autoguidance", None, "An earlier step, or the run folder of a weaker model.")
 LABEL = flags.DEFINE_integer("label", None, "Class of their samples; all classes by turns if absent.", lower_bound=0)
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
@@ -90,6 +92,7 @@ def main():
         ems=EMS.value,
         solvers=SOLVER.value,
         steps=[int(text) for text in STEPS.value or []],
+        grid=GRID.value,
         num_samples=NUM_SAMPLES.value,
         network=network,
         reference=REFERENCE.value,
@@ -101,8 +104,8 @@ def main():
     # ------------------------------------------------------------------------------ one call a checkpoint
     def evaluate(model, name="."):
         model = prompting.prompted(model, told)
-        classifier = None if CLASSIFIER.value is None else runs.open_classifier(CLASSIFIER.value, model)
-        return evaluation.evaluate(model, METRICS.value, options._replace(classifier=classifier), name)
+        beside = guides.guide_of(model, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value)
+        return evaluation.evaluate(model, METRICS.value, options._replace(beside=beside), name)
 
     if CHECKPOINT.value is None:
         evaluate(opened(WORKDIR.value))

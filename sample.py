@@ -1,15 +1,18 @@
 """Draw samples from a trained model.
 
     python sample.py --solver=dpmv3 [--steps=10] [--num_samples=64] [--seed=0] [--workdir=runs/digits]
-    python sample.py --solver=dpmpp --option order=3
+    python sample.py --solver=dpmpp --option order=3 [--option grid=gits]       times along the model's own trajectories
     python sample.py --solver=pc --steps=1000
     python sample.py --label=3 --guidance=2.0       of a class-conditional model; without --label, classes by turns
     python sample.py --task=class --label=3 --classifier=runs/classifier_digits      any model, guided by a classifier
+    python sample.py --guidance=2.0 --autoguidance=STEP           guided by an earlier step, or a run of a smaller model
     python sample.py --task=inpaint [--image=FILE.png] [--mask=FILE.png]      white is known; absent: the upper half is
     python sample.py --task=colorize [--image=FILE.png]
     python sample.py --workdir=runs/sd --prompt="a cat" [--negative_prompt="..."] [--prompts=FILE] --guidance=7.5
                      [--height=768 --width=512]     of a latent model with a text encoder (docs/latent.md)
     python sample.py --image=FILE.png --strength=0.6 --solver=dpmpp         begins at a noisy image
+    python sample.py --task=inpaint|colorize|super_resolve|deblur --solver=dpmv3 --steps=20 [--method=pigdm|dps|ddnm]
+    python sample.py --task=custom --operator=MODULE:FUNCTION [--image=FILE.png|MEASURED.npy]    of your own, in Python
     python sample.py --solver=ode [--option rtol=1e-5 --option atol=1e-5 --option temperature=0.9]
     python sample.py --task=interpolate                          between the latents of pairs of test images
 
@@ -19,19 +22,31 @@ grid.png and run.json to <workdir>/samples/<name>/; a stopped run goes on after 
 index and the seed alone, not on the batch size or the number of devices and hosts (pc with a corrector: also on its
 batch; ode: to within its tolerance).
 
-The tasks inpaint and colorize are done by pc, class by any solver (dpmpp if absent), best with --guidance=3. Without
---image they take test images, four samples each; grid.png then shows, in a row, an image, what was known of it, and its
-samples.
+The tasks inpaint and colorize are done by pc, or as inverse problems (score_sde/inverse.py), like the three after them,
+by any few-step solver; class by any solver (dpmpp if absent), best with --guidance=3. Without --image they take test
+images, four samples each; grid.png then shows, in a row, an image, what was known of it, and its samples.
 """
 
 from absl import flags
 
-from experiments import drawing, image_to_image, measuring, program, restoration, runs, samplers
+from experiments import (
+    drawing,
+    guides,
+    image_to_image,
+    inverse_problems,
+    measuring,
+    program,
+    restoration,
+    runs,
+    samplers,
+    times,
+)
 from experiments import prompts as prompting
 from experiments.config import shown
 from score_sde import files, parallel
 from score_sde.errors import UserError
-from score_sde.guidance import THRESHOLDS, Guidance
+from score_sde.guidance import THRESHOLDS
+from score_sde.inverse import METHODS
 from solvers import SOLVERS
 
 WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
@@ -50,10 +65,19 @@ LABEL = flags.DEFINE_integer("label", None, "Class of all samples; all classes b
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance; 1 is the conditional model.")
 GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,high outside which there is no guidance.")
 THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data predictions in the data range.")
-TASK = flags.DEFINE_enum("task", None, ["inpaint", "colorize", "class", "interpolate"], "What is known of samples.")
-IMAGE = program.path_flag("image", None, "The image to complete or colour; test images if absent.")
+TASKS = [*inverse_problems.TASKS, "class", "interpolate"]
+TASK = flags.DEFINE_enum("task", None, TASKS, "What is known of samples.")
+IMAGE = program.path_flag("image", None, "The image to restore; test images if absent.")
 MASK = program.path_flag("mask", None, "Image of what is known, white, to inpaint; the upper half if absent.")
+METHOD = flags.DEFINE_enum(
+    "method", None, list(METHODS), "Of an inverse problem by a few-step solver; pigdm if absent."
+)
+MEASUREMENT_NOISE = flags.DEFINE_float("measurement_noise", None, "Its standard deviation in what is measured.")
+FACTOR = flags.DEFINE_integer("factor", None, f"Of super_resolve; {inverse_problems.FACTOR} if absent.")
+BLUR = flags.DEFINE_float("blur", None, f"Of deblur, in pixels; {inverse_problems.BLUR} if absent.")
+OPERATOR = flags.DEFINE_string("operator", None, "MODULE:FUNCTION, x (B, H, W, C) -> y (B, ...), of --task=custom.")
 CLASSIFIER = program.path_flag("classifier", None, "The run folder of the classifier of --task=class.")
+AUTOGUIDANCE = program.path_flag("autoguidance", None, "An earlier step, or the run folder of a weaker model.")
 PROMPT = flags.DEFINE_string("prompt", None, "What samples of a model with a text encoder show.")
 PROMPTS = program.path_flag("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
@@ -63,7 +87,7 @@ WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
 NAME = program.name_flag("name", None, "Folder under <workdir>/samples/; made from the solver if absent.")
 
 
-# Solver of a task where none is given; for a class not dpmv3, whose EMS are those of the model without the classifier.
+# Solver of a task where none is given; for a class not dpmv3, which would measure EMS of the guided model first.
 TASK_SOLVERS = {"inpaint": "pc", "colorize": "pc", "class": "dpmpp", "interpolate": "ode"}
 
 
@@ -84,16 +108,24 @@ def main():
     n = NUM_SAMPLES.value or (defaults.num_samples if told is None else len(told.texts))
     batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
+    own_flags = (IMAGE, MASK, CLASSIFIER, METHOD, MEASUREMENT_NOISE, FACTOR, BLUR, OPERATOR)
     redrawn = STRENGTH.value is not None
-    check_task(task, solver, image=None if redrawn else IMAGE.value, mask=MASK.value, classifier=CLASSIFIER.value)
-    classifier = runs.open_classifier(CLASSIFIER.value, plain) if task == "class" else None
+    given = {flag.name: flag.value for flag in own_flags if flag.value is not None and not (redrawn and flag is IMAGE)}
+    check_task(task, solver, given)
+    beside = guides.guide_of(plain, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value)
     guidance = samplers.guidance_of(GUIDANCE.value, GUIDANCE_INTERVAL.value, THRESHOLD.value)
-    model = runs.with_guidance(plain, guidance, label=LABEL.value, classifier=classifier)
-    restored = task in ("inpaint", "colorize")
-    known = restoration.known_of(plain, task, IMAGE.value, MASK.value) if restored else None
-    bending_flags = (TASK, IMAGE, MASK, CLASSIFIER, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
+    model = runs.with_guidance(plain, guidance, label=LABEL.value, beside=beside)
+    known = measured = None
+    if task in inverse_problems.TASKS and solver == "pc":
+        known = restoration.known_of(plain, task, IMAGE.value, MASK.value)
+    elif task in inverse_problems.TASKS:
+        given = dict(method=METHOD.value or "pigdm", std=MEASUREMENT_NOISE.value or 0.0, operator=OPERATOR.value)
+        given |= dict(image=IMAGE.value, mask=MASK.value, factor=FACTOR.value, blur=BLUR.value)
+        measured = inverse_problems.measured_of(plain, task, **given)
+    bending_flags = (TASK, *own_flags, AUTOGUIDANCE, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
     bending_flags += (STRENGTH, HEIGHT, WIDTH)
     bending = {flag.name: flag.value for flag in bending_flags if flag.value is not None}
+    bending |= {} if measured is None else dict(method=measured.method)
 
     files.check_writable(plain.results / "samples")
 
@@ -109,14 +141,12 @@ def main():
             raise UserError(f"--task=interpolate: {model.name} has classes: give one for both images, as in --label=3")
         method = drawing.ode(model, options, seed=seed, pairs=task == "interpolate")
     else:
-        own = guidance if classifier is None else Guidance()
-        ems = measuring.ems_of(plain, EMS.value, own) if solver == "dpmv3" else None
-        if ems is not None and classifier is not None:
-            print("EMS: of the model alone, the classifier has no part in them; dpmpp needs none")
-        bent = dict(ems=ems, guidance_scale=guidance.scale, corrections=corrections)
+        ems = measuring.ems_of(plain, EMS.value, guidance, beside) if solver == "dpmv3" else None
+        options = times.with_times(model, solver, steps, options, ems)
+        given = dict(ems=ems, corrections=corrections, measured=measured)
         if redrawn:
-            options, bent["start"] = image_to_image.begun(plain, IMAGE.value, STRENGTH.value, steps, options)
-        method = drawing.few_step(model, solver, steps, options, seed=seed, **bent)
+            options, given["start"] = image_to_image.begun(plain, IMAGE.value, STRENGTH.value, steps, options)
+        method = drawing.few_step(model, solver, steps, options, seed=seed, **given)
 
     # ------------------------------------------------------------------------------ one call, and what is printed
     how = f"{method.evaluations} evaluations each, {shown(method.options | bending)}, seed {seed}"
@@ -135,8 +165,8 @@ def main():
         batch_size=batch_size,
         seed=seed,
         bending=bending | ({} if told is None else told.record()),
-        identities=() if classifier is None else (classifier.identity,),
-        known=known,
+        identities=() if beside is None else (beside.identity,),
+        known=measured if known is None else known,
         columns=drawing.PER_PAIR if task == "interpolate" else None,
     )
     if method.steps is None:
@@ -147,19 +177,34 @@ def main():
         raise UserError(f"{samples.failure}; {finished}")
 
 
-def check_task(task: str | None, solver: str, **given: str | None):
-    """Refuse flags that do not go together; given: the files that some tasks take, by flag."""
-    for flag, tasks in (("image", ("inpaint", "colorize")), ("mask", ("inpaint",)), ("classifier", ("class",))):
-        if given[flag] is not None and task not in tasks:
-            raise UserError(f"--{flag} needs --task={' or --task='.join(tasks)}")
-    if task == "class" and given["classifier"] is None:
+# Tasks that take a flag.
+TAKEN_BY = {
+    "image": inverse_problems.TASKS,
+    "mask": ("inpaint",),
+    "classifier": ("class",),
+    "factor": ("super_resolve",),
+    "blur": ("deblur",),
+    "operator": ("custom",),
+    "method": inverse_problems.TASKS,
+    "measurement_noise": inverse_problems.TASKS,
+}
+
+
+def check_task(task: str | None, solver: str, given: dict):
+    """Refuse flags that do not go together; given: those of TAKEN_BY that have a value."""
+    for flag in given:
+        if task not in TAKEN_BY[flag]:
+            raise UserError(f"--{flag} needs --task={' or --task='.join(TAKEN_BY[flag])}")
+        if flag in ("method", "measurement_noise") and solver == "pc":
+            raise UserError(f"--{flag} is for few-step solvers, pc has its own way: --solver=dpmv3, or leave it out")
+    if task == "class" and "classifier" not in given:
         raise UserError(
             "--task=class needs --classifier=WORKDIR: train one, python train.py --config=configs/classifier/digits.py"
         )
     if task == "interpolate" and solver != "ode":
         raise UserError(f"--task=interpolate is done by the ODE alone, not by {solver}: --solver=ode")
-    if task in ("inpaint", "colorize") and solver != "pc":
-        raise UserError(f"--task={task} is done by the predictor-corrector sampler alone, not by {solver}: --solver=pc")
+    if task in inverse_problems.TASKS and solver not in (SOLVERS if task not in TASK_SOLVERS else [*SOLVERS, "pc"]):
+        raise UserError(f"--task={task} is done by few-step solvers, not by {solver}: --solver=dpmv3 --steps=20")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python -m ems --num_data=2048 --first_image=2048      another machine's share of the images
     python -m ems merge FILE FILE ...                     all shares together, from their .moments files
     python -m ems --guidance=2.0                          of a class-conditional model that is sampled with guidance
+    python -m ems --guidance=2.0 --classifier=WORKDIR     of a model that a classifier guides
+    python -m ems --guidance=2.0 --autoguidance=WORKDIR   of a model that a weaker one guides, or an earlier step
     python -m ems --data=samples                          without the training images, on the model's own samples
     python -m ems --data=FILE.npz                         on latents, as they are: `latents`, (K, H, W, C) of floats
     python -m ems --prompts=FILE --guidance=7.5           of a model with a text encoder, on what it draws of prompts
@@ -16,7 +18,7 @@ quick, 120 nodes and 1024 images; paper, 1200 nodes and 4096 images.
 
 from absl import flags
 
-from experiments import measuring, program, runs
+from experiments import guides, measuring, program, runs
 from experiments import prompts as prompting
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
@@ -32,7 +34,9 @@ FIRST_IMAGE = flags.DEFINE_integer("first_image", 0, "Where they begin; a machin
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; the config's if absent.", lower_bound=1)
 DATA = program.path_flag("data", None, "samples, or an .npz of latents; the training images if absent.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Measure the model guided with this scale.")
-PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, one a line; image i belongs to the i-th, by turns.")
+CLASSIFIER = program.path_flag("classifier", None, "The run folder of a classifier that guides it.")
+AUTOGUIDANCE = program.path_flag("autoguidance", None, "An earlier step, or the run folder of a weaker model.")
+PROMPTS = program.path_flag("prompts", None, "File of prompts, one a line; image i belongs to the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
 HEIGHT = flags.DEFINE_integer("height", None, "Pixels of images of a latent model; the config's if absent.")
 WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
@@ -49,11 +53,13 @@ def main(arguments):
         raise UserError(f"python -m ems {command} takes {least[command]} file(s) (merge: or more), got {len(files)}")
     model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
     model = runs.with_size(model, HEIGHT.value, WIDTH.value)
+    beside = guides.guide_of(model, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value)
+    guidance = dict(guidance=Guidance(GUIDANCE.value), beside=beside)
     if command == "merge":
-        measuring.merge(model, files)
+        measuring.merge(model, files, beside)
     elif command == "published":
         t_end = model.diffusion.sde.t_min if T_END.value is None else T_END.value
-        measuring.take_published(model, *files, t_end=t_end, guidance=Guidance(GUIDANCE.value))
+        measuring.take_published(model, *files, t_end=t_end, **guidance)
     else:
         given = dict(nodes=NODES.value, num_data=NUM_DATA.value, batch_size=BATCH_SIZE.value, t_end=T_END.value)
         given = {name: value for name, value in given.items() if value is not None}
@@ -65,7 +71,7 @@ def main(arguments):
             seed=SEED.value,
             first_image=FIRST_IMAGE.value,
             source=DATA.value,
-            guidance=Guidance(GUIDANCE.value),
+            **guidance,
             prompts=told,
         )
 

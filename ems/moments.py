@@ -114,7 +114,7 @@ def load(path) -> Saved:
     with files.reading(path, "holds no moments", f"give what python -m ems wrote, *{SUFFIX}", absent=absent):
         arrays = files.load_npz(path)
         origin = json.loads(str(arrays.pop("origin")))
-        if missing := {*SHARED, "images", "num_data"} - {*origin}:
+        if missing := {*SHARED, "images", "num_data"} - {"guided_by", *origin}:
             raise ValueError(f"its origin lacks {', '.join(sorted(missing))}")
         arrays = {name: np.asarray(value, np.float64) for name, value in arrays.items()}
         n, w = arrays["n"], arrays["w"]
@@ -136,6 +136,7 @@ SHARED = {
     "sde": "SDE",
     "data": "data",
     "guidance_scale": "guidance scale",
+    "guided_by": "guide",
 }
 TOLD = {"prompts": "prompts", "size": "size of latents"}  # likewise, where they are told
 

@@ -20,6 +20,7 @@ import numpy as np
 from ems.statistics import EMS
 from experiments import build, figures, measuring, program, runs, samplers
 from experiments.config import fits
+from experiments.inverse_problems import Measured
 from experiments.restoration import Known
 from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
@@ -56,20 +57,20 @@ def few_step(
     *,
     seed: int = 0,
     ems: EMS | None = None,
-    guidance_scale: float | None = None,
     corrections: Corrections | None = None,
     start: Callable | None = None,
+    measured: Measured | None = None,
 ) -> Method:
-    """A few-step solver. model: as sampled, guided or not; ems, guidance_scale: as for `samplers.build_tableau`.
+    """A few-step solver. model: as sampled, guided or not; ems: as for `samplers.build_tableau`.
 
-    corrections: what was learned for its table, if anything; start: keys of samples -> the x that they start from at
-    the table's first time; draws of the prior if None.
+    corrections: what was learned for its table, if anything; measured: of the samples' images, if anything.
+    start: keys of samples -> the x that they start from at the table's first time; draws of the prior if None.
     """
     diffusion, given = model.diffusion, options or {}
     start = functools.partial(samplers.prior, diffusion) if start is None else start
-    table, options = samplers.build_tableau(diffusion.sde, solver, steps, ems, guidance_scale, **given)
+    table, options = samplers.build_tableau(diffusion.sde, solver, steps, ems, **given)
     if ems is not None and "t_end" not in given:
-        t_end = samplers.published_for(diffusion.sde, steps, ems, guidance_scale)["t_end"]
+        t_end = samplers.published_for(diffusion.sde, steps, ems)["t_end"]
         if t_end < options["t_end"]:
             print(
                 f"sampling ends at t={options['t_end']:g}, as the EMS; for {t_end:g}: python -m ems --t_end={t_end:g}"
@@ -77,19 +78,21 @@ def few_step(
     if corrections is not None:
         table = samplers.with_corrections(table, diffusion.sde, corrections)
 
-    def one_device(params, table, index, trajectory=False):
+    def one_device(params, table, index, y, trajectory=False):
         keys = samplers.sample_keys(seed, index)
         noise = diffusion.noise_of(params, diffusion.conditions(index))
+        noise = noise if measured is None else measured.bend(noise, y)
         x, noises = start(keys), samplers.draws(diffusion, keys)
         x = tableau.solve(noise, table, x, noises, trajectory=trajectory)
         return jnp.moveaxis(x, 0, 1) if trajectory else x
 
     def over_devices(**options):
-        mapped = parallel.pmap(functools.partial(one_device, **options), in_axes=(0, None, 0))
-        return lambda index: parallel.gather(mapped(params, table, parallel.shard(index)))
+        mapped = parallel.pmap(functools.partial(one_device, **options), in_axes=(0, None, 0, 0))
+        return lambda index: parallel.gather(mapped(params, table, *parallel.shard((index, y_of(index)))))
 
     params, table = parallel.replicate(model.params), jax.tree.map(np.float32, table)
     hashes = [hashlib.sha256(leaf.tobytes()).hexdigest() for leaf in jax.tree.leaves(table)]
+    y_of = lambda index: None if measured is None else measured.values(index)
     solved, path = over_devices(), over_devices(trajectory=True)
 
     def draw(index, report):
@@ -101,6 +104,7 @@ def few_step(
         report(steps)
         return x, steps
 
+    hashes += [] if measured is None else measured.identity()
     return Method(draw, solver, steps, steps, options, tuple(hashes))
 
 
@@ -260,7 +264,7 @@ def sample(
     """
     ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
     model = runs.with_guidance(model, guidance, label=label)
-    method = few_step(model, solver, steps, options, seed=seed, ems=ems, guidance_scale=guidance.scale)
+    method = few_step(model, solver, steps, options, seed=seed, ems=ems)
     samples = draw(model, method, n, batch_size=min(model.config.sampling.batch_size, parallel.round_up(n)))
     if samples.failure is not None:
         raise samples.failure
@@ -329,7 +333,7 @@ def draw_and_write(
     seed: int,
     bending: dict,
     identities: tuple = (),
-    known: Known | None = None,
+    known: Known | Measured | None = None,
     columns: int | None = None,
 ) -> Samples:
     """Write n samples to a folder: samples.npz (uint8 NHWC, key `samples`), grid.png, run.json.

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ems import statistics
-from experiments import build, events, figures, latent_mse, measuring, program, quality, runs, samplers
+from experiments import build, events, figures, latent_mse, measuring, program, quality, runs, samplers, times
 from experiments import report as reports
 from experiments.prompts import Prompts
 from score_sde import VERSION, files, parallel, seeds
@@ -43,17 +43,18 @@ class Options(NamedTuple):
     ems: str | None = None  # file for dpmv3; the run's own if None
     solvers: list[str] | None = None  # of fid, and the first of samples; the config's if None
     steps: list[int] | None = None  # evaluations, each with each solver; the config's if None
+    grid: str | None = None  # of samples and fid: a named grid or "gits"; each solver's own if None
     num_samples: int = 10_000  # of fid
     network: Callable = quality.feature_network  # config -> the FeatureNetwork of fid
     reference: str | None = None  # statistics that fid compares with; those of the config's data set if None
     guidance: Guidance = measuring.NONE  # of samples, fid and convergence
     label: int | None = None  # class of their samples; all by turns if None
-    classifier: runs.TrainedClassifier | None = None  # guides in the place of the model's own classes
+    beside: runs.Guide | None = None  # guides in the place of the model's own classes
     prompts: Prompts | None = None  # what the model was told, for the record
 
     def guide(self, model: runs.Model) -> runs.Model:
         """The model as it is sampled."""
-        return runs.with_guidance(model, self.guidance, label=self.label, classifier=self.classifier)
+        return runs.with_guidance(model, self.guidance, label=self.label, beside=self.beside)
 
     def ways(self, model: runs.Model) -> list[tuple[str, int]]:
         """Each solver with each number of evaluations."""
@@ -62,14 +63,18 @@ class Options(NamedTuple):
 
     def ems_for(self, solver: str, model: runs.Model):
         """The EMS that the solver takes for the model as it is sampled, if it takes any."""
-        own = self.guidance if self.classifier is None else measuring.NONE
-        return measuring.ems_of(model, self.ems, own) if solver == "dpmv3" else None
+        return measuring.ems_of(model, self.ems, self.guidance, self.beside) if solver == "dpmv3" else None
+
+    def options_for(self, solver: str, steps: int, sampled: runs.Model, ems) -> dict:
+        """The options that the solver is given; sampled: the model guided."""
+        given = {} if self.grid is None else dict(grid=self.grid)
+        return times.with_times(sampled, solver, steps, given, ems)
 
     def bending(self) -> dict:
         """What bends the model, for the record; empty where nothing does."""
-        scale, interval, threshold, _ = self.guidance
-        workdir = None if self.classifier is None else str(self.classifier.workdir)
-        bending = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, classifier=workdir)
+        scale, interval, threshold, *_ = self.guidance
+        beside = self.beside and self.beside.name
+        bending = dict(guidance=scale, interval=interval, threshold=threshold, label=self.label, guided_by=beside)
         if self.prompts is not None:
             bending |= dict(prompts=self.prompts.name, negative_prompt=self.prompts.negative or None)
         return {name: value for name, value in bending.items() if value is not None}
@@ -224,7 +229,7 @@ def convergence(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     distances = {name: [] for name in STUDY}
     for k in program.progress(steps, desc="convergence"):
         for name, (solver, own) in STUDY.items():
-            table = samplers.build_tableau(diffusion.sde, solver, k, ems, options.guidance.scale, **own)
+            table = samplers.build_tableau(diffusion.sde, solver, k, ems, **own)
             distances[name].append(samplers.rms(solve(table[0]) - fine))
     # halving the step of a second-order solver quarters its error
     uncertainty = samplers.rms(fine - coarser) / 3
@@ -239,7 +244,9 @@ def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     sampled = options.guide(model)
     solver, steps = options.ways(model)[0]
     sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
-    way = quality.drawer(sampled, sample, solver, steps, options.ems_for(solver, model), options.guidance.scale)
+    ems = options.ems_for(solver, model)
+    given = options.options_for(solver, steps, sampled, ems)
+    way = quality.drawer(sampled, sample, solver, steps, ems, given)
     picture = options.picture(folder, "samples")
     figures.save_grid(folder / picture["picture"], way.images_of(0, way.batch_size)[:256])
     about = dict(solver=solver, steps=steps, options=way.options, num_samples=min(way.batch_size, 256))
@@ -254,6 +261,7 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
     sampled, network = options.guide(model), options.network(model.config)
     sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
     for solver, steps in options.ways(model):
+        ems = options.ems_for(solver, model)
         yield quality.of_samples(
             sampled,
             solver,
@@ -262,11 +270,11 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
             network=network,
             n=options.num_samples,
             seed=options.seed,
-            ems=options.ems_for(solver, model),
-            guidance_scale=options.guidance.scale,
+            ems=ems,
+            options=options.options_for(solver, steps, sampled, ems),
             reference_path=options.reference,
             bending=options.bending(),
-            identities=() if options.classifier is None else (options.classifier.identity,),
+            identities=() if options.beside is None else (options.beside.identity,),
         )
 
 

@@ -54,7 +54,7 @@ def measure(
     for solver, steps in ways:
         statistics = ems if solver == "dpmv3" else None
         own = settings(solver, steps, guidance_scale)
-        built.append(samplers.build_tableau(diffusion.sde, solver, steps, statistics, guidance_scale, **own))
+        built.append(samplers.build_tableau(diffusion.sde, solver, steps, statistics, **own))
     reference = settings("dpmpp", REFERENCE_STEPS, guidance_scale)
     tables = [dpm_solver_pp(diffusion.sde, REFERENCE_STEPS, **reference), *(table for table, _ in built)]
     batch_size = min(parallel.round_up(n), parallel.round_up(model.config.sampling.batch_size))

@@ -15,12 +15,12 @@ import numpy as np
 
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
-from experiments import build, figures, program, runs, samplers
+from experiments import build, figures, guides, program, runs, samplers
 from experiments.prompts import Prompts
 from score_sde import VERSION, data, files, parallel, seeds
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
-from score_sde.guidance import Guidance, guide
+from score_sde.guidance import Guidance
 from score_sde.metrics import features
 from solvers.dpm_solver import dpm_solver_pp
 
@@ -38,6 +38,7 @@ def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
         "_seed": origin["seed"] or None,
     }
     name += "".join(f"{key}{told(value)}" for key, value in apart.items() if value is not None)
+    name += "" if origin.get("guided_by") is None else f"_by_{origin['guided_by']}"
     name += "".join(f"_{value}" for value in (origin.get("size"), origin.get("prompts")) if value is not None)
     name += "" if origin["data"] == model.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
     return of_its_own(model.results / "ems" / f"{name.replace(' ', '_')}.npz", origin)
@@ -50,7 +51,7 @@ def told(number: float) -> str:
 
 # What tells one measurement from another; `first_images`, a hash of the first of them, is not in files of before.
 ORIGIN = ("checkpoint", "sde", "t_end", "data", "first_images", "images", "nodes", "seed", "guidance_scale")
-ORIGIN += ("size", "prompts", "negative_prompt")
+ORIGIN += ("guided_by", "size", "prompts", "negative_prompt")
 
 
 def of_its_own(path: pathlib.Path, origin: dict) -> pathlib.Path:
@@ -70,7 +71,7 @@ def size_of(diffusion: Diffusion) -> str | None:
     return None if np.isfinite(diffusion.space.high) else f"{height}x{width}"
 
 
-def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path | None:
+def find(model: runs.Model, guidance_scale: float | None = None, guided_by: str | None = None) -> pathlib.Path | None:
     """The run's statistics of this checkpoint and guidance: on data before own samples, on most images, then nodes."""
     measured = sorted((model.results / "ems").glob(f"step{model.step}_*.npz"))
     found = {
@@ -84,17 +85,19 @@ def find(model: runs.Model, guidance_scale: float | None = None) -> pathlib.Path
         found[path]["nodes"],
         -found[path].get("t_end", np.inf),
     )
-    wanted, size = (model.identity, guidance_scale), size_of(model.diffusion)
-    fitting = [
-        path
-        for path, origin in found.items()
-        if (origin["checkpoint"], origin["guidance_scale"]) == wanted and origin.get("size") in (None, size)
-    ]
-    return max(fitting, key=rank, default=None)
+    size = size_of(model.diffusion)
+    fits = lambda origin: (
+        (origin["checkpoint"], origin["guidance_scale"], origin.get("guided_by"))
+        == (model.identity, guidance_scale, guided_by)
+        and origin.get("size") in (None, size)
+    )
+    return max((path for path, origin in found.items() if fits(origin)), key=rank, default=None)
 
 
-def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = None) -> EMS:
-    """Statistics from a file, refused unless they were measured on this very model, with this scale of guidance."""
+def load(
+    model: runs.Model, path: pathlib.Path, guidance_scale: float | None = None, beside: runs.Guide | None = None
+) -> EMS:
+    """Statistics from a file, refused unless they were measured on this very model, guided in this very way."""
     ems = statistics.load(path)
     origin = ems.origin
     if origin.get("checkpoint") != model.identity:
@@ -107,12 +110,15 @@ def load(model: runs.Model, path: pathlib.Path, guidance_scale: float | None = N
             f"{path} is for x of shape {ems.l.shape[1:]}, this model's is {model.diffusion.space.shape}: "
             "measure again, python -m ems, for images of the size that is drawn"
         )
-    if origin.get("guidance_scale") != guidance_scale:
+    measured = (origin.get("guidance_scale"), origin.get("guided_by"))
+    wanted = (guidance_scale, beside and beside.identity)
+    if measured != wanted:
         theirs, ours = (
-            "without guidance" if scale is None else f"with guidance {scale:g}"
-            for scale in (origin.get("guidance_scale"), guidance_scale)
+            "without guidance" if scale is None else f"with guidance {scale:g}" + (f" by {guide}" if guide else "")
+            for scale, guide in (measured, wanted)
         )
         flag = "" if guidance_scale is None else f" --guidance={guidance_scale:g}"
+        flag += "" if beside is None else f" {beside.flag}"
         raise UserError(
             f"{path} was measured {theirs}, sampling is {ours}: measure again with "
             f"python -m ems --workdir={model.workdir}{flag}"
@@ -142,9 +148,16 @@ def conditions_of(diffusion: Diffusion, index, labels: Callable):
 
 
 def training_images(model: runs.Model) -> Source:
-    """The training images, unflipped, in a fixed random order: a stored order may be one class after the other."""
+    """The training images, unflipped, in a fixed random order: a stored order may be one class after the other.
+
+    model: as it is measured, with the classes of what guides it.
+    """
     try:
         images = build.images_of(model.config, "train")
+        if model.diffusion.num_classes and "label" not in images.take(np.arange(1)):
+            raise UserError(f"{images.name} has no labels, towards which a classifier guides")
+        if model.diffusion.num_classes:
+            images = build.checked_labels(images, model.diffusion.num_classes, "the number of classes")
     except UserError as error:
         raise UserError(f"{error}; without the images, python -m ems --data=samples measures on own samples") from None
     order = data.permutation(0, 0, images.size)
@@ -205,6 +218,7 @@ def measure(
     guidance: Guidance = NONE,
     own_steps: int = 50,
     prompts: Prompts | None = None,
+    beside: runs.Guide | None = None,
 ) -> pathlib.Path:
     """Measure l, s, b and their errors; write the statistics, their picture and the moments; return the first's path.
 
@@ -212,10 +226,12 @@ def measure(
     first_image: where this measurement's images begin; several machines take different ones, and `merge` adds.
     source: the config's training images by default, if any; "samples" for the model's own, or an .npz of latents.
     own_steps: evaluations for each of the model's own samples; prompts: what the model was told, for the record.
-    guidance: whose classifier-free scale bends what is measured; thresholds and intervals have no part in statistics.
+    guidance: whose scale bends what is measured; thresholds and intervals have no part in statistics.
+    beside: what guides with parameters of its own, if anything.
     """
-    guidance_scale = guidance.own_scale
-    diffusion = guide(model.diffusion, Guidance(guidance_scale))
+    guidance_scale, guided_by = guides.bent_by(guidance, beside)
+    model = as_measured(model, guidance_scale, beside)
+    diffusion = model.diffusion
     sde, shape = diffusion.sde, diffusion.space.shape
     t_end = sde.t_min if t_end is None else t_end
     node = estimate.nodes(sde, nodes, t_end=t_end)
@@ -253,6 +269,7 @@ def measure(
         nodes=nodes,
         seed=seed,
         guidance_scale=guidance_scale,
+        guided_by=guided_by,
         jax=jax.__version__,
         score_sde=VERSION,
     )
@@ -266,6 +283,7 @@ def measure(
         return path
     evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), shape) / 1e6
     about = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
+    about += "" if guided_by is None else f" by {guided_by}"
     print(
         f"EMS: {len(node.t)} nodes x {used} images of {images.name} from image {first_image} on, seed {seed}{about}: "
         f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
@@ -295,10 +313,11 @@ def measure(
             identity=" ".join(
                 [f"{model.identity} {origin['sde']} {images.name} {images.first} {guidance_scale} seed {seed}"]
                 + [f"prompts {prompts.fingerprint}"] * (prompts is not None)
+                + [f"by {guided_by}"] * (guided_by is not None)
             ),
             progress=progress,
         )
-    write(model._replace(diffusion=diffusion), path, moments.Saved(node.t, node.lam, blocks, origin))
+    write(model, path, moments.Saved(node.t, node.lam, blocks, origin))
     return path
 
 
@@ -323,6 +342,11 @@ def estimated(diffusion: Diffusion, params, drawing: int, measuring: int, n: int
         f"EMS: about {hours:.1f} hours{needed}: {n} samples in batches of {batch_size} take {drawing} evaluations to "
         f"be drawn and at most {measuring} to be measured, of {min(seconds):.3g} s each"
     )
+
+
+def as_measured(model: runs.Model, guidance_scale: float | None, beside: runs.Guide | None) -> runs.Model:
+    """The model that statistics are of: guided with that scale, or alone if it is None."""
+    return runs.with_guidance(model, Guidance(guidance_scale), beside=None if guidance_scale is None else beside)
 
 
 def on_devices(diffusion: Diffusion, params, seed: int) -> Callable:
@@ -409,8 +433,11 @@ def print_errors(model: runs.Model, ems: EMS, without: list[EMS], sizes: list[fl
     return ems._replace(origin=ems.origin | {"samples": judged})
 
 
-def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
-    """The statistics of this model from several machines' moments (or statistics with their moments beside)."""
+def merge(model: runs.Model, paths: list[str], beside: runs.Guide | None = None) -> pathlib.Path:
+    """The statistics of this model from several machines' moments (or statistics with their moments beside).
+
+    beside: what guided the model while it was measured, if anything with parameters of its own.
+    """
     saved = [moments.load(path) for path in paths]
     for path, part in zip(paths, saved, strict=True):
         if missing := {"nodes", "t_end", "seed"} - {*part.origin}:
@@ -423,15 +450,28 @@ def merge(model: runs.Model, paths: list[str]) -> pathlib.Path:
     whole, names = saved[0], paths[0]
     for path, part in zip(paths[1:], saved[1:], strict=True):
         whole, names = moments.add(whole, part, (names, path)), f"{names}, {path}"
+    whole.origin.setdefault("guided_by", None)
+    if whole.origin["guided_by"] != (beside and beside.identity):
+        raise UserError(
+            f"{paths[0]} was measured guided by {whole.origin['guided_by'] or 'nothing beside the model'}: "
+            "give that by --classifier or --autoguidance, or leave them out"
+        )
     path = path_of(model, whole.origin)
     print(f"EMS: {len(paths)} measurements, {whole.origin['num_data']} images of {whole.origin['data']}")
-    diffusion = guide(model.diffusion, Guidance(whole.origin["guidance_scale"]))
-    write(model._replace(diffusion=diffusion), path, whole)
+    write(as_measured(model, whole.origin["guidance_scale"], beside), path, whole)
     return path
 
 
-def take_published(model: runs.Model, folder: str, *, t_end: float, guidance: Guidance = NONE) -> pathlib.Path:
-    """Published statistics (l.npz, sb.npz), which tell of no model or guidance, taken for this model's."""
+def take_published(
+    model: runs.Model,
+    folder: str,
+    *,
+    t_end: float,
+    guidance: Guidance = NONE,
+    beside: runs.Guide | None = None,
+) -> pathlib.Path:
+    """Published statistics (l.npz, sb.npz), which tell of no model, taken for this model's, guided in this way."""
+    guidance_scale, guided_by = guides.bent_by(guidance, beside)
     origin = dict(
         checkpoint=model.identity,
         step=model.step,
@@ -439,7 +479,8 @@ def take_published(model: runs.Model, folder: str, *, t_end: float, guidance: Gu
         t_end=t_end,
         data=f"published {pathlib.Path(folder).name}",
         num_data=0,
-        guidance_scale=guidance.own_scale,
+        guidance_scale=guidance_scale,
+        guided_by=guided_by,
         latent=size_of(model.diffusion) is not None,
         score_sde=VERSION,
     )
@@ -447,20 +488,23 @@ def take_published(model: runs.Model, folder: str, *, t_end: float, guidance: Gu
     ems = statistics.load_published(folder, model.diffusion.sde, shape, t_end=t_end, origin=origin)
     ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1, first_images=hashed(ems.l, ems.s, ems.b)))
     name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{told(t_end)}"
-    name += "" if guidance.own_scale is None else f"_guidance{told(guidance.own_scale)}"
-    path = of_its_own(model.results / "ems" / f"{name}.npz", ems.origin)
+    name += "" if guidance_scale is None else f"_guidance{told(guidance_scale)}"
+    name += "" if guided_by is None else f"_by_{guided_by}"
+    path = of_its_own(model.results / "ems" / f"{name.replace(' ', '_')}.npz", ems.origin)
     statistics.save(path, ems)
     print(f"EMS: wrote {path}; whether they belong to {model.name}, and end at t={t_end:g}, their files do not tell")
     return path
 
 
-def ems_of(model: runs.Model, path: str | None = None, guidance: Guidance = NONE) -> EMS:
+def ems_of(
+    model: runs.Model, path: str | None = None, guidance: Guidance = NONE, beside: runs.Guide | None = None
+) -> EMS:
     """The statistics that a sampler of the guided model needs: of `path`, or found in the run, or measured now, once.
 
-    A classifier has no part in them.
+    model: without its guidance; beside: what guides it with parameters of its own, if anything.
     """
-    scale = guidance.own_scale
-    found = pathlib.Path(path) if path is not None else find(model, scale)
+    scale, guided_by = guides.bent_by(guidance, beside)
+    found = pathlib.Path(path) if path is not None else find(model, scale, guided_by)
     if found is None and model.config.text:  # a few prompts are no sample of what the model draws
         flag = "" if scale is None else f" --guidance={scale:g}"
         raise UserError(
@@ -468,10 +512,11 @@ def ems_of(model: runs.Model, path: str | None = None, guidance: Guidance = NONE
             f"--workdir={model.workdir} --prompts=FILE{flag}, or take published ones, python -m ems published FOLDER"
         )
     if found is None:
-        print(f"EMS: none yet for {model.name}; measuring once")
-        found = measure(model, **model.config.ems, guidance=guidance)
+        guided = "" if scale is None else f" with guidance {scale:g}" + (f" by {guided_by}" if guided_by else "")
+        print(f"EMS: none yet for {model.name}{guided}; measuring once")
+        found = measure(model, **model.config.ems, guidance=guidance, beside=beside)
         parallel.wait_for_all("statistics are written")
-    ems = load(model, found, scale)
-    told = ems.origin.get("prompts")
-    print(f"EMS: {found}" + (f", measured on prompts {told}" if told else ""))
+    ems = load(model, found, scale, beside if guided_by else None)
+    prompts = ems.origin.get("prompts")
+    print(f"EMS: {found}" + (f", measured on prompts {prompts}" if prompts else ""))
     return ems

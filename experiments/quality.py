@@ -64,10 +64,10 @@ def drawer(
     solver: str,
     steps: int,
     ems: EMS | None = None,
-    guidance_scale: float | None = None,
+    options: dict | None = None,
 ) -> Drawer:
     """What draws a model's samples; sample: `samplers.sampler` of it; the rest as for `samplers.build_tableau`."""
-    table, options = samplers.build_tableau(model.diffusion.sde, solver, steps, ems, guidance_scale)
+    table, options = samplers.build_tableau(model.diffusion.sde, solver, steps, ems, **(options or {}))
     batch_size = parallel.round_up(model.config.sampling.batch_size)
 
     def images_of(start, stop):
@@ -89,7 +89,7 @@ def of_samples(
     n: int,
     seed: int,
     ems: EMS | None = None,
-    guidance_scale: float | None = None,
+    options: dict | None = None,
     reference_path: str | None = None,
     bending: dict | None = None,
     identities: tuple[str, ...] = (),
@@ -99,7 +99,7 @@ def of_samples(
     model: guided or not; sample: `samplers.sampler` of it and this seed; bending: what guides it, for the record;
     identities: of what takes part besides the model.
     """
-    way = drawer(model, sample, solver, steps, ems, guidance_scale)
+    way = drawer(model, sample, solver, steps, ems, options)
     bending = bending or {}
     arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(way.table)]
     apart = [bending, *identities] if bending else []

@@ -13,7 +13,7 @@ from score_sde.metrics import features
 
 LISTS = ("fid", "latent_mse")
 # What a result may tell of what bends a model.
-BENDING = ("guidance", "interval", "threshold", "label", "classifier", "prompts", "negative_prompt")
+BENDING = ("guidance", "interval", "threshold", "label", "classifier", "guided_by", "prompts", "negative_prompt")
 # What tells two results of LISTS apart; a result that agrees in all takes the place of the earlier one.
 ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
 ROW += (*BENDING, "samples")
@@ -271,6 +271,7 @@ def latent_mse_lines(results) -> list[str]:
 
 def ems_lines(result) -> list[str]:
     guidance = f", guidance {result['guidance_scale']:g}" if result["guidance_scale"] else ""
+    guidance += f" by {result['guided_by']}" if result.get("guided_by") else ""
     return [
         f"EMS at {result['nodes'] + 1} nodes, of {result['num_data']} images of {result['data']}{guidance}",
         "",

@@ -246,16 +246,24 @@ def _averaged(folder: pathlib.Path, template, step: int | None) -> tuple[dict, i
     return params, step, checkpoint.identity(params)
 
 
-def with_guidance(
-    model: Model, guidance: Guidance, *, label: int | None = None, classifier: TrainedClassifier | None = None
-) -> Model:
-    """The model guided; its params are a pair if `classifier`, whose part in `guidance` this adds, guides it.
+class Guide(NamedTuple):
+    """What guides a model with parameters of its own; experiments/guides.py opens them."""
+
+    identity: str  # "classifier c0ffee" or "weaker c0ffee"
+    name: str
+    flag: str  # that gives it to a program
+    part: dict  # of `Guidance`
+    params: dict
+
+
+def with_guidance(model: Model, guidance: Guidance, *, label: int | None = None, beside: Guide | None = None) -> Model:
+    """The model guided; its params are a pair if a guide, whose part in `guidance` this adds, stands beside it.
 
     label: class of all samples; all classes by turns if None.
     """
-    if classifier is not None:
-        guidance = guidance._replace(classifier=classifier.classifier)
-        model = model._replace(params=(model.params, classifier.params))
+    if beside is not None:
+        guidance = guidance._replace(**beside.part)
+        model = model._replace(params=(model.params, beside.params))
     diffusion = guide(model.diffusion, guidance)
     if label is None:
         return model._replace(diffusion=diffusion)

@@ -157,20 +157,18 @@ def with_corrections(table: Tableau, sde: SDE, corrections: Corrections) -> Tabl
     return jax.tree.map(np.asarray, learned.corrected(table, sde, corrections))
 
 
-def published_for(sde: SDE, steps: int, ems: EMS, guidance_scale: float | None = None) -> dict:
-    """The published options of DPM-Solver-v3 for this kind of model; guidance_scale: if it is not the EMS' own."""
-    scale = ems.origin.get("guidance_scale") if guidance_scale is None else guidance_scale
-    return published_options(steps, sde, latent=ems.origin.get("latent", False), guidance_scale=scale)
+def published_for(sde: SDE, steps: int, ems: EMS) -> dict:
+    """The published options of DPM-Solver-v3 for the kind of model, guided or not, that these EMS are of."""
+    known = ems.origin.get
+    guided = dict(guidance_scale=known("guidance_scale"), beside=known("guided_by") is not None)
+    return published_options(steps, sde, latent=known("latent", False), **guided)
 
 
-def build_tableau(
-    sde: SDE, solver: str, steps: int, ems: EMS | None = None, guidance_scale: float | None = None, /, **options
-) -> tuple[Tableau, dict]:
+def build_tableau(sde: SDE, solver: str, steps: int, ems: EMS | None = None, /, **options) -> tuple[Tableau, dict]:
     """A solver's table under an SDE, and the options it was built with; misspelt options are refused by name.
 
-    ems: of the model, for dpmv3; None for the others. Options of dpmv3 that are not given are those published for the
-        kind of model; sampling ends at no smaller t than the EMS do.
-    guidance_scale: of the sampled model, if it is not the EMS' own.
+    ems: of the model as it is sampled, for dpmv3; None for the others. Options of dpmv3 that are not given are those
+        published for the kind of model; sampling ends at no smaller t than the EMS do.
     """
     check_solver(solver)
     build = SOLVERS[solver]
@@ -181,7 +179,7 @@ def build_tableau(
         if parameters[name].annotation is bool and not isinstance(value, bool):
             raise UserError(f"option {name}={value} of solver {solver}: use True or False")
     if solver == "dpmv3":
-        published = published_for(sde, steps, ems, guidance_scale)
+        published = published_for(sde, steps, ems)
         options = published | dict(t_end=max(published["t_end"], float(ems.t[-1]))) | options
         return build(sde, steps, ems=ems, **options), options
     return build(sde, steps, **options), options

@@ -33,31 +33,39 @@ class Classifier(NamedTuple):
 class Guidance(NamedTuple):
     """How a model is bent while sampling; by default not at all."""
 
-    scale: float | None = None  # of classifier-free guidance, see `classifier_free`; of the classifier's gradient
+    scale: float | None = None  # of classifier-free guidance, of the classifier's gradient, or of autoguidance
     interval: tuple[float, float] | None = None  # times outside which there is none, see `within`
     threshold: str | None = None  # a key of THRESHOLDS: keeps data predictions in the data range
     classifier: Classifier | None = None  # guides in the place of the model's own unconditional part
+    weaker: Diffusion | None = None  # guides likewise, by `autoguidance`
+
+    @property
+    def beside(self) -> bool:
+        """Whether something with parameters of its own guides: a classifier, or a weaker model."""
+        return self.classifier is not None or self.weaker is not None
 
     @property
     def own_scale(self) -> float | None:
         """The scale of classifier-free guidance; None where there is none, as 1 is the model itself."""
-        return None if self.classifier is not None or self.scale == 1 else self.scale
+        return None if self.beside or self.scale == 1 else self.scale
 
 
 def guide(diffusion: Diffusion, guidance: Guidance) -> Diffusion:
-    """The model bent by `guidance`; with a classifier its params are the pair (model's, classifier's).
+    """The model bent by `guidance`; with a classifier or a weaker model its params are the pair (model's, theirs).
 
     A conditional model is guided by a classifier towards the classes that condition it. UserError where the model or
     the classifier cannot do it.
     """
-    scale, interval, threshold, classifier = guidance
+    scale, interval, threshold, classifier, weaker = guidance
     if scale is not None and not np.isfinite(scale):
         raise UserError(f"guidance {scale:g}: expected a number, as in --guidance=2.0")
     if threshold is not None:
         if threshold not in THRESHOLDS:
             raise UserError(f"unknown threshold {threshold!r}: use one of {', '.join(THRESHOLDS)}")
         check_range(diffusion.space.low, diffusion.space.high)
-    if scale is not None and classifier is None and not diffusion.num_classes and diffusion.null is None:
+    if classifier is not None and weaker is not None:
+        raise UserError("a classifier and a weaker model cannot guide at once: choose one of them")
+    if scale is not None and not guidance.beside and not diffusion.num_classes and diffusion.null is None:
         raise UserError(f"guidance {scale:g}: this model has no classes: {OF_CLASSES}")
     if guidance.own_scale is not None and diffusion.null is None:
         raise UserError(
@@ -68,16 +76,21 @@ def guide(diffusion: Diffusion, guidance: Guidance) -> Diffusion:
         raise UserError(
             f"a classifier of {classifier.num_classes} classes cannot guide a model of {diffusion.num_classes}"
         )
+    if weaker is not None:
+        check_weaker(diffusion, weaker, scale)
 
     def noise_of(params, condition=None, keys=None) -> NoiseFn:
         own = condition
-        if classifier is not None:
+        if guidance.beside:
             params, theirs = params
+        if classifier is not None:
             own = condition if diffusion.num_classes else None
         plain = bent = diffusion.noise_of(params, own, keys)
         if classifier is not None:
             towards = log_probability(classifier.logits_of(theirs), condition)
             bent = classifier_guidance(plain, diffusion.sde, towards, 1.0 if scale is None else scale)
+        elif weaker is not None:
+            bent = autoguidance(plain, weaker.noise_of(theirs, condition), scale)
         elif guidance.own_scale is not None:
             bent = classifier_free(lambda y: diffusion.noise_of(params, y), condition, diffusion.null, scale)
         if interval is not None:
@@ -125,6 +138,36 @@ def classifier_free(noise_of: Callable, y, null, scale: float) -> NoiseFn:
         return unconditional + scale * (conditional - unconditional)
 
     return guided
+
+
+def autoguidance(noise: NoiseFn, weaker: NoiseFn, scale: float) -> NoiseFn:
+    """weaker + scale (noise - weaker): away from the errors that a model shares with a weaker one of its kind.
+
+    weaker: a smaller or less trained model of the same data and condition (Karras et al. 2024, 2406.02507, eq. 3).
+    scale: 1 is `noise`, evaluated alone; the paper's w.
+    """
+    if scale == 1:
+        return noise
+
+    def guided(x, t):
+        below = weaker(x, t)
+        return below + scale * (noise(x, t) - below)
+
+    return guided
+
+
+def check_weaker(diffusion: Diffusion, weaker: Diffusion, scale: float | None):
+    """Refuse to guide by a model of other images, or without a scale."""
+    if scale is None:
+        raise UserError("autoguidance needs a scale above 1: --guidance=2.0")
+    for what, theirs, ours in (
+        ("sde", weaker.sde, diffusion.sde),
+        ("image_shape", weaker.space.shape, diffusion.space.shape),
+        ("data_range", weaker.space[3:], diffusion.space[3:]),
+        ("number of classes", weaker.num_classes, diffusion.num_classes),
+    ):
+        if theirs != ours:
+            raise UserError(f"the {what} of the weaker model is {theirs}, the model's {ours}: train one like the other")
 
 
 def within(noise: NoiseFn, guided: NoiseFn, t_low: float, t_high: float) -> NoiseFn:

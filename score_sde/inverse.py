@@ -21,6 +21,7 @@ from score_sde.sde import SDE, per_image
 
 LOST = 0.03  # a blur's singular values below this are taken as zero
 CG_STEPS = 64
+DERIVATIVE_BELOW = 2.0  # sigma / alpha in standard deviations of the data; see `_bent`
 
 
 class Measurement(NamedTuple):
@@ -119,82 +120,99 @@ def operator(apply: Callable, shape: tuple[int, int, int]) -> Measurement:
 
 
 def ddnm(noise: NoiseFn, sde: SDE, measurement: Measurement, y, *, std: float = 0.0, data_std: float = 0.5) -> NoiseFn:
-    """The data prediction is put right: x0 + A^T (A A^T + std^2 / r^2)^-1 (y - A x0).
+    """The data prediction put right: x0 + A^T (A A^T + std^2 / r^2)^-1 (y - A x0), without a derivative.
 
-    With std = 0 the measurement holds exactly (Wang et al. 2022, 2212.00490, eq. 13); the mean of x_0 given x0 and y
-    with r^2 as above otherwise. No derivative is taken.
+    With std = 0 the measurement holds exactly (Wang et al. 2022, 2212.00490, eq. 13); otherwise this is the mean of x_0
+    given y where x_0 has mean x0 and variance r^2.
     """
-
-    def bent(x, t):
-        alpha, sigma, variance = _scales(sde, x, t, data_std)
-        eps = noise(x, t)
-        x0 = (x - per_image(sigma, x) * eps) / per_image(alpha, x)
-        return eps - per_image(alpha / sigma, x) * measurement.pull(y - measurement.apply(x0), std**2 / variance)
-
-    return bent
+    pulled = lambda x0, variance: _pulled(measurement, y, x0, variance, std)
+    return _bent(noise, sde, data_std, pulled, derivative_below=0.0)
 
 
-def pigdm(noise: NoiseFn, sde: SDE, measurement: Measurement, y, *, std: float = 0.0, data_std: float = 0.5) -> NoiseFn:
+def pigdm(
+    noise: NoiseFn,
+    sde: SDE,
+    measurement: Measurement,
+    y,
+    *,
+    std: float = 0.0,
+    data_std: float = 0.5,
+    derivative_below: float = DERIVATIVE_BELOW,
+) -> NoiseFn:
     """eps - sigma (d x0 / d x)^T A^T (r^2 A A^T + std^2)^-1 (y - A x0) (Song et al. 2023, eq. 7).
 
-    Exact for normal data of one variance, whatever A is. Each evaluation is differentiated.
+    Exact for normal data of one variance, whatever A is.
     """
-
-    def bent(x, t):
-        alpha, sigma, variance = _scales(sde, x, t, data_std)
-        x0, back, eps = jax.vjp(_data_prediction(noise, alpha, sigma, t), x, has_aux=True)
-        pulled = measurement.pull(y - measurement.apply(x0), std**2 / variance) / per_image(variance, x)
-        return eps - per_image(sigma, x) * back(pulled)[0]
-
-    return bent
+    pulled = lambda x0, variance: _pulled(measurement, y, x0, variance, std)
+    return _bent(noise, sde, data_std, pulled, derivative_below)
 
 
-def dps(noise: NoiseFn, sde: SDE, measurement: Measurement, y, *, std: float = 0.0, data_std: float = 0.5) -> NoiseFn:
+def dps(
+    noise: NoiseFn,
+    sde: SDE,
+    measurement: Measurement,
+    y,
+    *,
+    std: float = 0.0,
+    data_std: float = 0.5,
+    derivative_below: float = DERIVATIVE_BELOW,
+) -> NoiseFn:
     """eps + sigma d/dx |y - A x0|^2 / (2 v), for any differentiable A (Chung et al. 2022, 2209.14687, eq. 11).
 
     The paper replaces 1 / v by a step size for each task; here v = std^2 + r^2 k, where k is the mean square by which A
     stretches one random direction at x0, so that nothing is to be tuned and no solver's step is presumed.
     """
 
-    def bent(x, t):
-        alpha, sigma, variance = _scales(sde, x, t, data_std)
-        predict = _data_prediction(noise, alpha, sigma, t)
-        direction = jnp.broadcast_to(jax.random.normal(jax.random.key(0), x.shape[1:], x.dtype), x.shape)
+    def descent(x0, variance):
+        direction = jax.random.normal(jax.random.key(0), x0.shape[1:], x0.dtype)
+        predicted, stretched = jax.jvp(measurement.apply, (x0,), (jnp.broadcast_to(direction, x0.shape),))
+        _, back = jax.vjp(measurement.apply, x0)
+        k = jnp.square(stretched).reshape(len(x0), -1).mean(1)
+        return back((y - predicted) / per_image(std**2 + variance * k, predicted))[0]
 
-        def half_square(x):
-            x0, eps = predict(x)
-            missing = (y - measurement.apply(x0)).reshape(len(x), -1)
-            _, stretched = jax.jvp(measurement.apply, (jax.lax.stop_gradient(x0),), (direction,))
-            k = jnp.square(stretched).reshape(len(x), -1).mean(1)
-            return (jnp.square(missing).sum(1) / (2 * (std**2 + variance * k))).sum(), eps
-
-        gradient, eps = jax.grad(half_square, has_aux=True)(x)
-        return eps + per_image(sigma, x) * gradient
-
-    return bent
+    return _bent(noise, sde, data_std, descent, derivative_below)
 
 
 METHODS = {"pigdm": pigdm, "dps": dps, "ddnm": ddnm}
+
+
+def _pulled(measurement: Measurement, y, x0, variance, std: float):
+    """d log p(y | x_0) / d x_0 at the mean x0 of that variance (B,): A^T (r^2 A A^T + std^2)^-1 (y - A x0)."""
+    return measurement.pull(y - measurement.apply(x0), std**2 / variance) / per_image(variance, x0)
+
+
+def _bent(noise: NoiseFn, sde: SDE, data_std: float, slope: Callable, derivative_below: float) -> NoiseFn:
+    """The NoiseFn whose data prediction is x0 + (sigma^2 / alpha) (d x0 / d x)^T slope, or x0 + r^2 slope.
+
+    slope: (x0, r^2 (B,)) -> (B, H, W, C), of log p(y | x_0). For normal data the two are the same. The first is taken
+    where sigma / alpha is below so many standard deviations of the data: above, its factor makes much of a network's
+    errors in a derivative that is next to nothing. Exact noise allows any bound, and 0 costs no derivative at all.
+    """
+
+    def bent(x, t):
+        times = jnp.broadcast_to(t, x.shape[:1])
+        alpha, sigma = sde.alpha(times), sde.sigma(times)
+        variance = (data_std * sigma) ** 2 / ((alpha * data_std) ** 2 + sigma**2)
+
+        def predict(x):
+            eps = noise(x, t)
+            return (x - per_image(sigma, x) * eps) / per_image(alpha, x), eps
+
+        if derivative_below:
+            x0, back, eps = jax.vjp(predict, x, has_aux=True)
+        else:
+            x0, eps = predict(x)
+        towards = slope(x0, variance)
+        shift = per_image(variance, x) * towards
+        if derivative_below:
+            exact = per_image(sigma**2 / alpha, x) * back(towards)[0]
+            shift = jnp.where(per_image(sigma / alpha < derivative_below * data_std, x), exact, shift)
+        return eps - per_image(alpha / sigma, x) * shift
+
+    return bent
 
 
 def check_method(method: str, measurement: Measurement):
     """Refuse a method that needs the inverse of an operator that has none."""
     if measurement.pull is None and method != "dps":
         raise UserError(f"the operator is not linear, as {method} needs it: --method=dps takes any")
-
-
-def _scales(sde: SDE, x, t, data_std: float):
-    """alpha, sigma and r^2, each (B,)."""
-    t = jnp.broadcast_to(t, x.shape[:1])
-    alpha, sigma = sde.alpha(t), sde.sigma(t)
-    return alpha, sigma, (data_std * sigma) ** 2 / ((alpha * data_std) ** 2 + sigma**2)
-
-
-def _data_prediction(noise: NoiseFn, alpha, sigma, t) -> Callable:
-    """x -> (x0, eps) at times t."""
-
-    def predict(x):
-        eps = noise(x, t)
-        return (x - per_image(sigma, x) * eps) / per_image(alpha, x), eps
-
-    return predict

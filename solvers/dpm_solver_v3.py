@@ -53,19 +53,22 @@ PUBLISHED = {
         math.inf: _options(3, False, "off", False, True, "logsnr"),
     },
     "latent": {math.inf: _options(3, False, "on", True, True, "time")},  # LSUN
-    "guided": {math.inf: _options(2, False, "on", True, True, "time")},  # Stable Diffusion, scale below 5
+    "guided": {math.inf: _options(2, False, "on", True, True, "time")},  # Stable Diffusion below 5; ADM-G at 2
     "strongly guided": {math.inf: _options(2, False, "off", True, True, "time")},
 }
 
 
-def published_options(steps: int, sde: SDE, *, latent: bool = False, guidance_scale: float | None = None) -> dict:
+def published_options(
+    steps: int, sde: SDE, *, latent: bool = False, guidance_scale: float | None = None, beside: bool = False
+) -> dict:
     """What was found best for this number of evaluations and kind of model, as options of `dpm_solver_v3`.
 
     t_end: the SDE's t_min; for pixels under a variance-preserving SDE, a tenth of it above 10 evaluations (published:
         1e-3 and 1e-4).
-    guidance_scale: 1 or None is a model without guidance.
+    guidance_scale: None is a model without guidance, 1 too unless something beside the model guides it (`beside`), such
+        as a classifier.
     """
-    if guidance_scale not in (None, 1):
+    if guidance_scale not in ((None,) if beside else (None, 1)):
         kind = "guided" if guidance_scale < 5 else "strongly guided"
     elif latent:
         kind = "latent"

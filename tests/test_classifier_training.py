@@ -115,10 +115,13 @@ FEW, PC, INPAINT = ["--solver=dpmpp", "--steps=5"], ["--solver=pc", "--steps=30"
 COMMANDS = {
     "plain": [MODEL, *FEW],
     "guided": [MODEL, *FEW, "--task=class", CLASS, "--label=3"],
+    "guided v3": [MODEL, "--solver=dpmv3", "--steps=5", "--task=class", CLASS, "--label=3", "--guidance=2"],
     "guided by nothing": [MODEL, *FEW, "--task=class", CLASS, "--label=3", "--guidance=0"],
     "guided pc": [MODEL, *PC, "--task=class", CLASS, "--label=3", "--option", "corrector=langevin"],
     "completed": [*INPAINT, "--steps=30", "--image={runs}/levels.png", "--mask={runs}/mask.png"],
     "completed test images": [*INPAINT, "--steps=30"],
+    "completed in few": [*INPAINT, *FEW, "--image={runs}/levels.png", "--mask={runs}/mask.png", "--method=ddnm"],
+    "enlarged": [MODEL, *FEW, "--task=super_resolve", "--factor=2"],
     "coloured": ["--workdir={runs}/colour", "--task=colorize", "--steps=30", "--image={runs}/levels.png"],
 }
 # arguments, and words that the line of the mistake must hold
@@ -130,7 +133,15 @@ MISTAKES = {
     "image that is none": ([*INPAINT, "--image={runs}/text.png"], ["text.png is not a readable image"]),
     "mask without task": ([MODEL, "--mask={runs}/mask.png"], ["--mask needs --task=inpaint"]),
     "gray model": ([MODEL, "--task=colorize"], ["gray"]),
-    "inpainting with few steps": ([*INPAINT, *FEW], ["--solver=pc"]),
+    "inpainting by the ODE": ([*INPAINT, "--solver=ode"], ["--solver=dpmv3"]),
+    "a method of pc": ([*INPAINT, "--method=dps"], ["few-step solvers"]),
+    "deblurring by pc": ([MODEL, "--task=deblur", "--solver=pc"], ["not by pc: --solver=dpmv3"]),
+    "a factor that does not divide": ([MODEL, "--task=super_resolve", *FEW, "--factor=3"], ["8x8", "divides both"]),
+    "no operator": ([MODEL, "--task=custom", *FEW], ["expected module:function"]),
+    "an operator of no module": ([MODEL, "--task=custom", *FEW, "--operator=no_such:f"], ["ModuleNotFoundError"]),
+    "an operator that is none": ([MODEL, "--task=custom", *FEW, "--operator=math:pi"], ["expected a function"]),
+    "an operator of something else": ([MODEL, "--task=custom", *FEW, "--operator=math:sin"], ["does not take images"]),
+    "a blur of what is no deblurring": ([*INPAINT, "--blur=2"], ["--blur needs --task=deblur"]),
     "no classifier": ([MODEL, "--task=class", "--label=3"], ["--classifier=WORKDIR"]),
     "label out of range": ([MODEL, "--task=class", CLASS, "--label=10"], ["--label=10", "0 to 9"]),
     "a model as classifier": (
@@ -210,7 +221,9 @@ def test_a_task_runs_and_says_what_it_did(name, runs, lines):
     folder = runs / ("colour" if name == "coloured" else "model") / "samples" / name
     record = json.loads((folder / "run.json").read_text())
     assert record["num_samples"] == 6
-    assert record["nfe"] == {"--solver=dpmpp": 5}.get(COMMANDS[name][1], 60 if name == "guided pc" else 30)
+    assert record["nfe"] == {"--solver=dpmpp": 5, "--solver=dpmv3": 5}.get(
+        COMMANDS[name][1], 60 if name == "guided pc" else 30
+    )
     assert record.get("task") == next((a.split("=")[1] for a in COMMANDS[name] if "--task" in a), None)
 
 

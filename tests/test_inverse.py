@@ -48,21 +48,24 @@ def posteriors(A, y, std):
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_pigdm_is_exact_for_normal_data(name):
-    """The noise of x_t given y: sigma (alpha^2 C + sigma^2)^-1 (x - alpha m), with m and C of x_0 given y."""
-    measurement, std, t = MEASUREMENTS[name](), 0.3, jnp.float32(0.4)
+    """The noise of x_t given y: sigma (alpha^2 C + sigma^2)^-1 (x - alpha m), with m and C of x_0 given y.
+
+    At a time where the network is differentiated, and at one where it is not.
+    """
+    measurement, std = MEASUREMENTS[name](), 0.3
     A, rng = matrix(measurement), np.random.default_rng(1)
     y = A @ MEANS[0].ravel() + rng.normal(size=len(A))
     normal = Mixture(np.ones(1), MEANS[:1], np.full((1, *SHAPE), V)).noise_fn(SDE)
     x = rng.normal(size=(3, *SHAPE)).astype(np.float32)
     shape = measurement.apply(jnp.asarray(x)).shape
-    bent = METHODS["pigdm"](
-        normal, SDE, measurement, np.broadcast_to(np.float32(y), (3, len(y))).reshape(shape), std=std, data_std=V**0.5
-    )
+    given = np.broadcast_to(np.float32(y), (3, len(y))).reshape(shape)
+    bent = jax.jit(METHODS["pigdm"](normal, SDE, measurement, given, std=std, data_std=V**0.5))
     _, (mean, *_), (covariance, *_) = posteriors(A, y, std)
-    alpha, sigma = float(SDE.alpha(t)), float(SDE.sigma(t))
-    offset = x.reshape(3, -1) - alpha * mean
-    expected = sigma * np.linalg.solve(alpha**2 * covariance + sigma**2 * np.eye(len(mean)), offset.T).T
-    np.testing.assert_allclose(np.asarray(jax.jit(bent)(x, t)).reshape(3, -1), expected, atol=2e-4)
+    for t in (jnp.float32(0.15), jnp.float32(0.5)):
+        alpha, sigma = float(SDE.alpha(t)), float(SDE.sigma(t))
+        offset = x.reshape(3, -1) - alpha * mean
+        expected = sigma * np.linalg.solve(alpha**2 * covariance + sigma**2 * np.eye(len(mean)), offset.T).T
+        np.testing.assert_allclose(np.asarray(bent(x, t)).reshape(3, -1), expected, atol=2e-4)
 
 
 @functools.cache
@@ -71,7 +74,9 @@ def restored(method: str, std: float):
     mixture, measurement, batch = Mixture(WEIGHTS, MEANS, np.full(MEANS.shape, V)), MEASUREMENTS["block means"](), 1000
     rng = np.random.default_rng(2)
     y = measurement.apply(mixture.draw(jax.random.key(5), 1)) + std * rng.normal(size=(1, 2, 2, 2)).astype(np.float32)
-    bent = METHODS[method](mixture.noise_fn(SDE), SDE, measurement, jnp.repeat(y, batch, 0), std=std, data_std=V**0.5)
+    exact = {} if method == "ddnm" else dict(derivative_below=30.0)
+    y_of_all = jnp.repeat(y, batch, 0)
+    bent = METHODS[method](mixture.noise_fn(SDE), SDE, measurement, y_of_all, std=std, data_std=V**0.5, **exact)
     x = jax.random.normal(jax.random.key(0), (batch, *SHAPE))
     table = jax.tree.map(jnp.float32, solvers.SOLVERS["dpmpp"](SDE, 20))
     x = jax.jit(lambda x: tableau.solve(bent, table, x))(x)

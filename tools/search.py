@@ -97,7 +97,7 @@ def search(
     if guidance.scale is None:
         diffusion = diffusion._replace(conditions=lambda index: None)
     sde = diffusion.sde
-    build = functools.partial(samplers.build_tableau, sde, solver, steps, ems, guidance.scale)
+    build = functools.partial(samplers.build_tableau, sde, solver, steps, ems)
     published, _ = build(**given)
     fine = dpm_solver_pp(sde, model.config.eval.fine_steps, order=2)
     index = np.arange(parallel.round_up(noises))

@@ -68,7 +68,7 @@ def train_features(
     for place in (folder, checkpoint_path.parent):
         files.check_writable(place)
     path = pathlib.Path(folder) / f"resnet20_{name}.npz"
-    if path.exists() and not kept.exists():
+    if path.exists() and not checkpoint_path.exists():
         raise UserError(f"{path} holds a network of another training: choose another --name, or delete it")
     load = lambda split: sources.load(dataset, split, image_size=image_size, num_channels=num_channels)
     images, held_out = load("train"), load("test")
