@@ -144,6 +144,8 @@ def search(
         steps=steps,
         options=options,
         checkpoint=model.identity,
+        guidance_scale=guidance.own_scale,
+        guided_by=None,
         corrections=corrections and {name: values.tolist() for name, values in corrections._asdict().items()},
         held_out_rms=held_out,
         searched_rms=value,
