@@ -2,6 +2,7 @@
 
     python sample.py --solver=dpmv3 [--steps=10] [--num_samples=64] [--seed=0] [--workdir=runs/digits]
     python sample.py --solver=dpmpp --option order=3 [--option grid=gits]       times along the model's own trajectories
+    python sample.py --solver=auto --steps=5         the best file of tools.search, or the best named solver, measured
     python sample.py --solver=pc --steps=1000
     python sample.py --label=3 --guidance=2.0       of a class-conditional model; without --label, classes by turns
     python sample.py --task=class --label=3 --classifier=runs/classifier_digits      any model, guided by a classifier
@@ -30,6 +31,7 @@ images, four samples each; grid.png then shows, in a row, an image, what was kno
 from absl import flags
 
 from experiments import (
+    choosing,
     drawing,
     guides,
     image_to_image,
@@ -51,7 +53,7 @@ from solvers import SOLVERS
 
 WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; the last if absent.")
-SOLVER = flags.DEFINE_string("solver", None, f"{', '.join(SOLVERS)}, pc or ode; the config's if absent.")
+SOLVER = flags.DEFINE_string("solver", None, f"{', '.join(SOLVERS)}, pc, ode or auto; the config's if absent.")
 STEPS = flags.DEFINE_integer(
     "steps", None, "Network evaluations (pc: time steps); the config's if absent.", lower_bound=1
 )
@@ -100,11 +102,14 @@ def main():
     solver = SOLVER.value or TASK_SOLVERS.get(task, defaults.solver)
     steps = STEPS.value or (defaults.pc_steps if solver == "pc" else defaults.steps)
     options, corrections = samplers.parse_options(OPTION.value), None
+    guidance = samplers.guidance_of(GUIDANCE.value, GUIDANCE_INTERVAL.value, THRESHOLD.value)
+    beside = guides.guide_of(plain, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value)
     if TABLEAU.value is not None:
         for flag in (SOLVER, STEPS, OPTION):
             if flag.value:
                 raise UserError(f"--tableau brings its own solver, steps and options: leave out --{flag.name}")
-        solver, steps, options, corrections = samplers.read_search(plain, TABLEAU.value)
+        bent = guides.bent_by(guidance, beside)
+        solver, steps, options, corrections = samplers.read_search(plain, TABLEAU.value, bent)
     n = NUM_SAMPLES.value or (defaults.num_samples if told is None else len(told.texts))
     batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
@@ -112,8 +117,6 @@ def main():
     redrawn = STRENGTH.value is not None
     given = {flag.name: flag.value for flag in own_flags if flag.value is not None and not (redrawn and flag is IMAGE)}
     check_task(task, solver, given)
-    beside = guides.guide_of(plain, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value)
-    guidance = samplers.guidance_of(GUIDANCE.value, GUIDANCE_INTERVAL.value, THRESHOLD.value)
     model = runs.with_guidance(plain, guidance, label=LABEL.value, beside=beside)
     known = measured = None
     if task in inverse_problems.TASKS and solver == "pc":
@@ -128,6 +131,12 @@ def main():
     bending |= {} if measured is None else dict(method=measured.method)
 
     files.check_writable(plain.results / "samples")
+    if solver == "auto":
+        if OPTION.value:
+            raise UserError("--solver=auto brings its own options: leave out --option")
+        given = dict(guidance=guidance, beside=beside, label=LABEL.value, ems_path=EMS.value)
+        (solver, steps, options, corrections), path = choosing.best(plain, steps, **given)
+        bending["chosen_by"] = str(path)
 
     # ------------------------------------------------------------------------------ the method
     if redrawn and (solver in ("pc", "ode") or task is not None):

@@ -126,8 +126,8 @@ class Searched(NamedTuple):
     corrections: Corrections | None
 
 
-def read_search(model: Model, path: str) -> Searched:
-    """The file of a search, refused unless it was made for this model."""
+def read_search(model: Model, path: str, bent: tuple[float | None, str | None] = (None, None)) -> Searched:
+    """The file of a search, refused unless it was made for this model, guided in this way (`guides.bent_by`)."""
     with files.reading(path, "is no file of python -m tools.search", "make one for this model"):
         record = json.loads(pathlib.Path(path).read_text())
         solver, steps, options, identity = (record[key] for key in ("solver", "steps", "options", "checkpoint"))
@@ -143,6 +143,12 @@ def read_search(model: Model, path: str) -> Searched:
                 raise ValueError("its corrections are not whole")
     if identity != model.identity:
         raise UserError(f"{path} was searched for checkpoint {identity}, this is {model.identity}: search again")
+    theirs = record.get("guidance_scale"), record.get("guided_by")
+    if "guidance_scale" in record and theirs != bent:  # older files do not tell
+        told = lambda scale, guide: (
+            "no guidance" if scale is None else f"guidance {scale:g}" + f" by {guide}" * bool(guide)
+        )
+        raise UserError(f"{path} was searched for {told(*theirs)}, sampling has {told(*bent)}: search again")
     return Searched(solver, steps, options, corrections)
 
 

@@ -148,6 +148,8 @@ def search(
         options=options,
         checkpoint=model.identity,
         asked=features.fingerprint(given, guidance.scale, noises, seed, ems_path),
+        guidance_scale=guidance.own_scale,
+        guided_by=None,
         corrections=corrections and {name: values.tolist() for name, values in corrections._asdict().items()},
         held_out_rms=held_out,
         searched_rms=value,

@@ -1,0 +1,52 @@
+"""--solver=auto: what is measured once is the best, is kept and found again, and a search's file goes before it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import choosing, measuring, samplers
+from score_sde.errors import UserError
+from score_sde.sde import VP
+from tests.test_guides import model_in
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Two solvers on two grids, and a model whose statistics are not asked for."""
+    monkeypatch.setattr(choosing, "CHOICES", {"ddim": {}, "deis": {"order": (2,)}})
+    monkeypatch.setattr(choosing, "GRIDS", ("logsnr", "time"))
+    monkeypatch.setattr(choosing, "NOISES", 4)
+    monkeypatch.setattr(choosing, "FEW", 2)
+    monkeypatch.setattr(measuring, "ems_of", lambda *arguments: None)
+    return model_in(tmp_path)
+
+
+def test_the_best_is_measured_once_and_a_search_goes_before_it(small, capsys):
+    searched, path = choosing.best(small, 5)
+    record = json.loads(path.read_text())
+    distances = [way["rms"] for way in record["others"]]
+    assert (len(distances), record["held_out_rms"]["measured"]) == (4, min(distances))
+    assert (searched.solver, searched.options) == (record["solver"], record["options"])
+    table = lambda options: samplers.build_tableau(VP(t_min=0.1), searched.solver, 5, **options)[0]
+    np.testing.assert_array_equal(table(searched.options).t, table(record["options"]).t)
+    capsys.readouterr()
+    assert choosing.best(small, 5)[1] == path
+    assert "measured in" not in capsys.readouterr().out
+    mine = path.with_name("step8-ddim-5.json")
+    theirs = dict(solver="ddim", steps=5, options={}, checkpoint="c0ffee", held_out_rms={"searched": 9.0})
+    mine.write_text(json.dumps(theirs))
+    assert choosing.best(small, 5)[1] == mine
+    for change in (dict(steps=6), dict(checkpoint="other"), dict(guidance_scale=2.0, guided_by=None)):
+        mine.write_text(json.dumps(theirs | change))
+        assert choosing.best(small, 5)[1] == path
+
+
+def test_a_file_of_another_guidance_is_refused(small, tmp_path):
+    path = tmp_path / "search.json"
+    record = dict(solver="ddim", steps=5, options={}, checkpoint="c0ffee", guidance_scale=2.0, guided_by=None)
+    path.write_text(json.dumps(record))
+    assert samplers.read_search(small, str(path), (2.0, None)).steps == 5
+    for bent, words in (((None, None), "sampling has no guidance"), ((2.0, "classifier one"), "by classifier one")):
+        with pytest.raises(UserError, match=words):
+            samplers.read_search(small, str(path), bent)
