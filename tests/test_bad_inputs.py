@@ -520,7 +520,7 @@ BAD = {
     "evaluate nothing": ("evaluate --workdir=runs/none", "runs/none"),
     # importers
     "import nothing": ("importers", "one checkpoint file", "--workdir"),
-    "import without parameters": ("importers foreign/flax --workdir=runs/new", "foreign/flax", "no arrays of parameters"),
+    "import without parameters": ("importers foreign/flax --workdir=runs/new", "foreign/flax", "no arrays of"),
     "import two": (IMPORT + "foreign/flax foreign/text.pth", "one checkpoint file"),
     "absent checkpoint file": (IMPORT + "foreign/none.pth", "foreign/none.pth"),
     "folder for a checkpoint": (IMPORT + "foreign", "foreign"),
