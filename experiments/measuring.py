@@ -258,10 +258,8 @@ def measure(
             shape,
             batch_size=batch_size,
             partial=path.with_suffix(".partial.npz"),
-            identity=" ".join(
-                [f"{model.identity} {origin['sde']} {images.name} {guidance_scale} seed {seed}"]
-                + [f"prompts {prompts.fingerprint}"] * (prompts is not None)
-            ),
+            identity=f"{model.identity} {origin['sde']} {images.name} {guidance_scale} seed {seed}"
+            + ("" if prompts is None else f" prompts {prompts.fingerprint}"),
             progress=progress,
         )
     write(model._replace(diffusion=diffusion), path, moments.Saved(node.t, node.lam, blocks, origin))
