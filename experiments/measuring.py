@@ -310,11 +310,9 @@ def measure(
             shape,
             batch_size=batch_size,
             partial=path.with_suffix(".partial.npz"),
-            identity=" ".join(
-                [f"{model.identity} {origin['sde']} {images.name} {images.first} {guidance_scale} seed {seed}"]
-                + [f"prompts {prompts.fingerprint}"] * (prompts is not None)
-                + [f"by {guided_by}"] * (guided_by is not None)
-            ),
+            identity=f"{model.identity} {origin['sde']} {images.name} {images.first} {guidance_scale} seed {seed}"
+            + ("" if prompts is None else f" prompts {prompts.fingerprint}")
+            + ("" if guided_by is None else f" by {guided_by}"),
             progress=progress,
         )
     write(model, path, moments.Saved(node.t, node.lam, blocks, origin))
