@@ -115,7 +115,6 @@ FEW, PC, INPAINT = ["--solver=dpmpp", "--steps=5"], ["--solver=pc", "--steps=30"
 COMMANDS = {
     "plain": [MODEL, *FEW],
     "guided": [MODEL, *FEW, "--task=class", CLASS, "--label=3"],
-    "guided v3": [MODEL, "--solver=dpmv3", "--steps=5", "--task=class", CLASS, "--label=3", "--guidance=2"],
     "guided by nothing": [MODEL, *FEW, "--task=class", CLASS, "--label=3", "--guidance=0"],
     "guided pc": [MODEL, *PC, "--task=class", CLASS, "--label=3", "--option", "corrector=langevin"],
     "completed": [*INPAINT, "--steps=30", "--image={runs}/levels.png", "--mask={runs}/mask.png"],
@@ -221,9 +220,7 @@ def test_a_task_runs_and_says_what_it_did(name, runs, lines):
     folder = runs / ("colour" if name == "coloured" else "model") / "samples" / name
     record = json.loads((folder / "run.json").read_text())
     assert record["num_samples"] == 6
-    assert record["nfe"] == {"--solver=dpmpp": 5, "--solver=dpmv3": 5}.get(
-        COMMANDS[name][1], 60 if name == "guided pc" else 30
-    )
+    assert record["nfe"] == {"--solver=dpmpp": 5}.get(COMMANDS[name][1], 60 if name == "guided pc" else 30)
     assert record.get("task") == next((a.split("=")[1] for a in COMMANDS[name] if "--task" in a), None)
 
 
