@@ -41,6 +41,7 @@ from experiments import (
     restoration,
     runs,
     samplers,
+    tasks,
     times,
 )
 from experiments import prompts as prompting
@@ -67,8 +68,7 @@ LABEL = flags.DEFINE_integer("label", None, "Class of all samples; all classes b
 GUIDANCE = flags.DEFINE_float("guidance", None, "Scale of guidance; 1 is the conditional model.")
 GUIDANCE_INTERVAL = flags.DEFINE_string("guidance_interval", None, "Times low,high outside which there is no guidance.")
 THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data predictions in the data range.")
-TASKS = [*inverse_problems.TASKS, "class", "interpolate"]
-TASK = flags.DEFINE_enum("task", None, TASKS, "What is known of samples.")
+TASK = flags.DEFINE_enum("task", None, list(tasks.TASKS), "What is known of samples.")
 IMAGE = program.path_flag("image", None, "The image to restore; test images if absent.")
 MASK = program.path_flag("mask", None, "Image of what is known, white, to inpaint; the upper half if absent.")
 METHOD = flags.DEFINE_enum(
@@ -89,17 +89,13 @@ WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
 NAME = program.name_flag("name", None, "Folder under <workdir>/samples/; made from the solver if absent.")
 
 
-# Solver of a task where none is given; for a class not dpmv3, which would measure EMS of the guided model first.
-TASK_SOLVERS = {"inpaint": "pc", "colorize": "pc", "class": "dpmpp", "interpolate": "ode"}
-
-
 def main():
     # ------------------------------------------------------------------------------ flags become values
     told = prompting.read(PROMPT.value, PROMPTS.value, NEGATIVE_PROMPT.value, GUIDANCE.value)
     plain = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
     plain = prompting.prompted(runs.with_size(plain, HEIGHT.value, WIDTH.value), told)
     defaults, task, seed = plain.config.sampling, TASK.value, SEED.value
-    solver = SOLVER.value or TASK_SOLVERS.get(task, defaults.solver)
+    solver = SOLVER.value or tasks.SOLVERS_OF.get(task, defaults.solver)
     steps = STEPS.value or (defaults.pc_steps if solver == "pc" else defaults.steps)
     options, corrections = samplers.parse_options(OPTION.value), None
     guidance = samplers.guidance_of(GUIDANCE.value, GUIDANCE_INTERVAL.value, THRESHOLD.value)
@@ -116,7 +112,7 @@ def main():
     own_flags = (IMAGE, MASK, CLASSIFIER, METHOD, MEASUREMENT_NOISE, FACTOR, BLUR, OPERATOR)
     redrawn = STRENGTH.value is not None
     given = {flag.name: flag.value for flag in own_flags if flag.value is not None and not (redrawn and flag is IMAGE)}
-    check_task(task, solver, given)
+    tasks.check(task, solver, given)
     model = runs.with_guidance(plain, guidance, label=LABEL.value, beside=beside)
     known = measured = None
     if task in inverse_problems.TASKS and solver == "pc":
@@ -184,36 +180,6 @@ def main():
     if samples.failure is not None:
         finished = f"the {len(samples.images)} samples finished before it are in {samples.folder}"
         raise UserError(f"{samples.failure}; {finished}")
-
-
-# Tasks that take a flag.
-TAKEN_BY = {
-    "image": inverse_problems.TASKS,
-    "mask": ("inpaint",),
-    "classifier": ("class",),
-    "factor": ("super_resolve",),
-    "blur": ("deblur",),
-    "operator": ("custom",),
-    "method": inverse_problems.TASKS,
-    "measurement_noise": inverse_problems.TASKS,
-}
-
-
-def check_task(task: str | None, solver: str, given: dict):
-    """Refuse flags that do not go together; given: those of TAKEN_BY that have a value."""
-    for flag in given:
-        if task not in TAKEN_BY[flag]:
-            raise UserError(f"--{flag} needs --task={' or --task='.join(TAKEN_BY[flag])}")
-        if flag in ("method", "measurement_noise") and solver == "pc":
-            raise UserError(f"--{flag} is for few-step solvers, pc has its own way: --solver=dpmv3, or leave it out")
-    if task == "class" and "classifier" not in given:
-        raise UserError(
-            "--task=class needs --classifier=WORKDIR: train one, python train.py --config=configs/classifier/digits.py"
-        )
-    if task == "interpolate" and solver != "ode":
-        raise UserError(f"--task=interpolate is done by the ODE alone, not by {solver}: --solver=ode")
-    if task in inverse_problems.TASKS and solver not in (SOLVERS if task not in TASK_SOLVERS else [*SOLVERS, "pc"]):
-        raise UserError(f"--task={task} is done by few-step solvers, not by {solver}: --solver=dpmv3 --steps=20")
 
 
 if __name__ == "__main__":
