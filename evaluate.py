@@ -5,6 +5,7 @@
     python evaluate.py --metrics=bpd,encoding               bits/dim of test images; how well the ODE brings them back
     python evaluate.py --metrics=fid --num_samples=10000 [--solver=dpmv3 --steps=10] [--network=resnet20-fashion_mnist]
     python evaluate.py --metrics=fid --solver=ddim,dpmpp,unipc,dpmv3 --steps=5,6,8,10,12,15,20      the paper's table
+    python evaluate.py --metrics=samples,fid --tableau=FILE  of python -m tools.search, searched or learned
     python evaluate.py --metrics=latent_mse --prompts=FILE --guidance=7.5 --solver=dpmpp,unipc,dpmv3 --steps=5,6,8,10
     python evaluate.py --metrics=samples,fid --guidance=2 [--classifier=WORKDIR | --autoguidance=STEP]   as it is guided
     python evaluate.py --samples=FOLDER --config=configs/fashion_mnist.py       anyone's images against a data set
@@ -46,6 +47,7 @@ INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf 
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of fid (published: 50000) and latent_mse.", lower_bound=2)
 SOLVER = flags.DEFINE_list("solver", None, "Solvers for fid, the first also for samples; the config's if absent.")
+TABLEAU = program.path_flag("tableau", None, "File of python -m tools.search, for samples and fid.")
 GRID = flags.DEFINE_string("grid", None, "Times of samples and fid: a named grid or gits; each solver's if absent.")
 STEPS = flags.DEFINE_list("steps", None, "Network evaluations, likewise; with each solver. The config's if absent.")
 
@@ -86,6 +88,9 @@ def main():
             raise UserError(f"--steps={text}: expected numbers of network evaluations, as in --steps=5,10")
     for name in SOLVER.value or []:
         samplers.check_solver(name)  # before the others have worked for hours
+    for flag in (SOLVER, STEPS, GRID):
+        if TABLEAU.value is not None and flag.value is not None:
+            raise UserError(f"--tableau brings its own solver, steps and grid: leave out --{flag.name}")
     told = prompting.read(None, PROMPTS.value, NEGATIVE_PROMPT.value, GUIDANCE.value)
     options = evaluation.Options(
         seed=SEED.value,
@@ -93,6 +98,7 @@ def main():
         solvers=SOLVER.value,
         steps=[int(text) for text in STEPS.value or []],
         grid=GRID.value,
+        tableau=TABLEAU.value,
         num_samples=NUM_SAMPLES.value,
         network=network,
         reference=REFERENCE.value,

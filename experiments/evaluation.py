@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ems import statistics
-from experiments import build, events, figures, latent_mse, measuring, program, quality, runs, samplers, times
+from experiments import build, events, figures, guides, latent_mse, measuring, program, quality, runs, samplers, times
 from experiments import report as reports
 from experiments.prompts import Prompts
 from score_sde import VERSION, files, parallel, seeds
@@ -44,6 +44,7 @@ class Options(NamedTuple):
     solvers: list[str] | None = None  # of fid, and the first of samples; the config's if None
     steps: list[int] | None = None  # evaluations, each with each solver; the config's if None
     grid: str | None = None  # of samples and fid: a named grid or "gits"; each solver's own if None
+    tableau: str | None = None  # a file of python -m tools.search, in the place of solvers, steps and grid
     num_samples: int = 10_000  # of fid
     network: Callable = quality.feature_network  # config -> the FeatureNetwork of fid
     reference: str | None = None  # statistics that fid compares with; those of the config's data set if None
@@ -58,8 +59,16 @@ class Options(NamedTuple):
 
     def ways(self, model: runs.Model) -> list[tuple[str, int]]:
         """Each solver with each number of evaluations."""
+        if (searched := self.searched(model)) is not None:
+            return [(searched.solver, searched.steps)]
         fields = model.config.sampling
         return [(name, k) for name in self.solvers or [fields.solver] for k in self.steps or [fields.steps]]
+
+    def searched(self, model: runs.Model) -> samplers.Searched | None:
+        """What `tableau` holds, if there is one; UserError where it is not for the model as it is sampled."""
+        if self.tableau is None:
+            return None
+        return samplers.read_search(model, self.tableau, guides.bent_by(self.guidance, self.beside))
 
     def ems_for(self, solver: str, model: runs.Model):
         """The EMS that the solver takes for the model as it is sampled, if it takes any."""
@@ -67,6 +76,8 @@ class Options(NamedTuple):
 
     def options_for(self, solver: str, steps: int, sampled: runs.Model, ems) -> dict:
         """The options that the solver is given; sampled: the model guided."""
+        if (searched := self.searched(sampled)) is not None:
+            return searched.options
         given = {} if self.grid is None else dict(grid=self.grid)
         return times.with_times(sampled, solver, steps, given, ems)
 
@@ -246,11 +257,12 @@ def sample_grid(model: runs.Model, folder, options: Options) -> Iterator[dict]:
     sample = samplers.sampler(sampled.diffusion, sampled.params, options.seed)
     ems = options.ems_for(solver, model)
     given = options.options_for(solver, steps, sampled, ems)
-    way = quality.drawer(sampled, sample, solver, steps, ems, given)
+    searched = options.searched(model)
+    way = quality.drawer(sampled, sample, solver, steps, ems, given, searched and searched.corrections)
     picture = options.picture(folder, "samples")
     figures.save_grid(folder / picture["picture"], way.images_of(0, way.batch_size)[:256])
     about = dict(solver=solver, steps=steps, options=way.options, num_samples=min(way.batch_size, 256))
-    yield about | picture | options.bending()
+    yield about | picture | options.bending() | quality.origin_of(searched)
 
 
 def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict]:
@@ -272,6 +284,7 @@ def sample_quality(model: runs.Model, folder, options: Options) -> Iterator[dict
             seed=options.seed,
             ems=ems,
             options=options.options_for(solver, steps, sampled, ems),
+            searched=options.searched(model),
             reference_path=options.reference,
             bending=options.bending(),
             identities=() if options.beside is None else (options.beside.identity,),

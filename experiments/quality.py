@@ -17,6 +17,7 @@ from experiments import build, program, runs, samplers
 from score_sde import data, files, parallel, sources
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, inception
+from solvers.learned import Corrections
 from solvers.tableau import Tableau
 
 
@@ -65,9 +66,15 @@ def drawer(
     steps: int,
     ems: EMS | None = None,
     options: dict | None = None,
+    corrections: Corrections | None = None,
 ) -> Drawer:
-    """What draws a model's samples; sample: `samplers.sampler` of it; the rest as for `samplers.build_tableau`."""
+    """What draws a model's samples; sample: `samplers.sampler` of it; the rest as for `samplers.build_tableau`.
+
+    corrections: what was learned for its table, if anything.
+    """
     table, options = samplers.build_tableau(model.diffusion.sde, solver, steps, ems, **(options or {}))
+    if corrections is not None:
+        table = samplers.with_corrections(table, model.diffusion.sde, corrections)
     batch_size = parallel.round_up(model.config.sampling.batch_size)
 
     def images_of(start, stop):
@@ -90,6 +97,7 @@ def of_samples(
     seed: int,
     ems: EMS | None = None,
     options: dict | None = None,
+    searched: samplers.Searched | None = None,
     reference_path: str | None = None,
     bending: dict | None = None,
     identities: tuple[str, ...] = (),
@@ -97,9 +105,9 @@ def of_samples(
     """Distances of the model's first n samples to the training images; finished batches stay in eval/.
 
     model: guided or not; sample: `samplers.sampler` of it and this seed; bending: what guides it, for the record;
-    identities: of what takes part besides the model.
+    identities: of what takes part besides the model; searched: where the options are those of a search, its file.
     """
-    way = drawer(model, sample, solver, steps, ems, options)
+    way = drawer(model, sample, solver, steps, ems, options, searched and searched.corrections)
     bending = bending or {}
     arrays = [hashlib.sha256(np.float32(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(way.table)]
     apart = [bending, *identities] if bending else []
@@ -115,7 +123,15 @@ def of_samples(
     result = compared(model.config, network, found, reference_path) | bending
     title = f"{n} samples by {solver}, {steps} evaluations, seed {seed}"
     title += "".join(f", {name} {value}" for name, value in bending.items())
-    return result | dict(title=title, solver=solver, steps=steps, options=way.options, samples=identity)
+    about = dict(title=title, solver=solver, steps=steps, options=way.options, samples=identity)
+    return result | about | origin_of(searched)
+
+
+def origin_of(searched: samplers.Searched | None) -> dict:
+    """Whether a table was searched or learned, for the record; empty where it is neither."""
+    if searched is None:
+        return {}
+    return dict(table="searched" if searched.corrections is None else "learned")
 
 
 def of_images(config, network, path: str, reference_path: str | None = None) -> dict:

@@ -16,7 +16,7 @@ LISTS = ("fid", "latent_mse")
 BENDING = ("guidance", "interval", "threshold", "label", "classifier", "guided_by", "prompts", "negative_prompt")
 # What tells two results of LISTS apart; a result that agrees in all takes the place of the earlier one.
 ROW = ("solver", "steps", "options", "num_samples", "seed", "reference", "network", "weights_sha256", "preprocessing")
-ROW += (*BENDING, "samples")
+ROW += (*BENDING, "samples", "table")
 # What tells two results of another metric apart; an earlier one that differs in any is kept among "others".
 APART = ("seed", "dataset", "ems_file", "solver", "steps", "options", *BENDING)
 
@@ -78,8 +78,9 @@ def table(header: list, rows: list[list]) -> list[str]:
 
 
 def way(result) -> str:
-    """The solver of a result, and what bends the model."""
-    return result["solver"] + "".join(f", {key} {result[key]}" for key in BENDING if result.get(key) is not None)
+    """The solver of a result, whether its table was searched or learned, and what bends the model."""
+    solver = result["solver"] + (f" ({result['table']})" if result.get("table") else "")
+    return solver + "".join(f", {key} {result[key]}" for key in BENDING if result.get(key) is not None)
 
 
 def samples_lines(result) -> list[str]:

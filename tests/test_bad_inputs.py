@@ -505,6 +505,13 @@ BAD = {
     "one sample": (EVALUATE + "--num_samples=1", "num_samples", "1"),
     "steps that are no number": (EVALUATE + "--metrics=fid --steps=5,ten", "--steps=ten", "--steps=5,10"),
     "one solver of two unknown": (EVALUATE + "--metrics=fid --solver=ddim,dmpv3", "'dmpv3'", "dpmv3"),
+    "absent search to measure": (EVALUATE + "--metrics=fid --tableau=none.json", "none.json", "tools.search"),
+    "search of another model to measure": (
+        EVALUATE + "--metrics=samples --tableau=search_other.json", "another", "search again",
+    ),
+    "search and a grid to measure": (
+        EVALUATE + "--metrics=fid --tableau=search_other.json --grid=time", "--grid", "leave out",
+    ),
     "no evaluations to measure": (EVALUATE + "--metrics=fid --steps=0", "--steps=0", "--steps=5,10"),
     "unknown feature network": (EVALUATE + "--metrics=fid --network=vgg", "'vgg'", "inception"),
     "absent feature network": (EVALUATE + "--metrics=fid --network=none.npz", "none.npz"),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import choosing, measuring, samplers
+from experiments import choosing, evaluation, measuring, report, samplers
 from score_sde.errors import UserError
 from score_sde.sde import VP
 from tests.test_guides import model_in
@@ -40,6 +40,24 @@ def test_the_best_is_measured_once_and_a_search_goes_before_it(small, capsys):
     for change in (dict(steps=6), dict(checkpoint="other"), dict(guidance_scale=2.0, guided_by=None)):
         mine.write_text(json.dumps(theirs | change))
         assert choosing.best(small, 5)[1] == path
+
+
+def test_what_was_searched_or_learned_is_measured_and_labelled(small, tmp_path):
+    """A file of a search takes the place of solvers and steps; its learned corrections change the samples."""
+    path = tmp_path / "search.json"
+    lam = [0.1, -0.1, 0.1]
+    corrections = dict(predict=np.zeros((3, 5)).tolist(), correct=np.zeros((3, 6)).tolist(), lam=lam)
+    record = dict(solver="ddim", steps=3, options=dict(grid="time"), checkpoint="c0ffee")
+    drawn = {}
+    for name, given in (("searched", None), ("learned", corrections)):
+        path.write_text(json.dumps(record | dict(corrections=given)))
+        options = evaluation.Options(tableau=str(path))
+        assert options.ways(small) == [("ddim", 3)]
+        (result,) = evaluation.sample_grid(small, tmp_path / name, options)
+        assert (result["table"], result["options"]["grid"]) == (name, "time")
+        assert report.way(result) == f"ddim ({name})"
+        drawn[name] = (tmp_path / name / "samples.png").read_bytes()
+    assert drawn["searched"] != drawn["learned"]
 
 
 def test_a_file_of_another_guidance_is_refused(small, tmp_path):
