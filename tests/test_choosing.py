@@ -46,7 +46,7 @@ def test_what_was_searched_or_learned_is_measured_and_labelled(small, tmp_path):
     """A file of a search takes the place of solvers and steps; its learned corrections change the samples."""
     path = tmp_path / "search.json"
     lam = [0.1, -0.1, 0.1]
-    corrections = dict(predict=np.zeros((3, 5)).tolist(), correct=np.zeros((3, 6)).tolist(), lam=lam)
+    corrections = dict(predict=np.zeros((3, 4)).tolist(), correct=np.zeros((3, 5)).tolist(), lam=lam)
     record = dict(solver="ddim", steps=3, options=dict(grid="time"), checkpoint="c0ffee")
     drawn = {}
     for name, given in (("searched", None), ("learned", corrections)):
