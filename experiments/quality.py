@@ -208,18 +208,17 @@ def data_statistics(config, network, split: str, n: int | None = None) -> tuple[
 
 def compared(config, network, found: features.Measured, reference_path: str | None) -> dict:
     """Every distance to the data, with the floor: what as many test images have."""
+    images = None if reference_path is None else reference_images(config, reference_path)
     if reference_path is None:
         reference, path = data_statistics(config, network, "train")
+    elif images is None:
+        reference, path = features.load(reference_path, network), reference_path
     else:
-        images, path = reference_images(config, reference_path), reference_path
-        if images is None:
-            reference = features.load(reference_path, network)
-        else:
-            reference = features.statistics(measured_images(network, images, images.size), {})
+        reference, path = features.statistics(measured_images(network, images, images.size), {}), reference_path
     test, _ = data_statistics(config, network, "test", found.moments.n)
     floor = distances.frechet_distance(test.mean, test.covariance, reference.mean, reference.covariance)
     against = f"{reference.n} training images" if reference.provenance else f"{path}, whose origin is unknown"
-    if "images" in reference.provenance:
+    if images is not None:
         against = f"{reference.n} images of {path}"
     about = dict(distance=network.distance, dimension=network.dimension, against=against, reference=str(path))
     floor = dict(floor=floor, floor_num_samples=test.n)
