@@ -29,13 +29,16 @@ def sample(noise: NoiseFn, sde: SDE, key, shape: tuple[int, ...], steps: int, *,
     """Draw images of `shape` (B, H, W, C) with any NoiseFn by a few-step solver, on the default device.
 
     steps: network evaluations. options: those of the solver's function, such as ems=... for dpmv3, whose other options
-        are the published ones for this number of evaluations if none is given.
-    UserError for an unknown solver. It compiles once for each NoiseFn and shape of table.
+        are the published ones for this number of evaluations if none is given; it ends where the EMS end.
+    UserError for an unknown solver, and for dpmv3 without statistics. It compiles once for each NoiseFn and shape of table.
     """
     if solver not in SOLVERS:
         raise UserError(f"unknown solver {solver!r}: use one of {', '.join(SOLVERS)}")
-    if solver == "dpmv3" and options.keys() <= {"ems"}:
-        options |= dpm_solver_v3.published_options(steps, sde)
+    if solver == "dpmv3" and "ems" not in options:
+        raise UserError("dpmv3 needs the statistics of this NoiseFn: ems=ems.measure(noise, sde, images)")
+    if solver == "dpmv3" and options.keys() == {"ems"}:
+        published = dpm_solver_v3.published_options(steps, sde)
+        options |= published | dict(t_end=max(published["t_end"], float(options["ems"].t[-1])))
     table = SOLVERS[solver](sde, steps, **options)
     prior_key, key = jax.random.split(key)
     return _solve(noise, table, sde.prior_std * jax.random.normal(prior_key, shape), key)

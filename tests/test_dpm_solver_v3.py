@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import solvers
 from ems.statistics import EMS
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
@@ -122,3 +123,13 @@ def test_published_options_are_options(sde, kind):
         table = dpm_solver_v3(sde, steps, ems=ems, **published_options(steps, sde, **kind))
         assert len(table.t) == steps
         assert all(np.isfinite(values).all() for values in jax.tree.leaves(table))
+
+
+def test_the_library_call_ends_where_the_statistics_end():
+    """Above ten steps the published end is nearer to the data than most statistics are; a call without any is told."""
+    sde, key = sde_lib.VP(t_min=1e-3), jax.random.key(0)
+    noise = lambda x, t: 0.5 * x
+    samples = solvers.sample(noise, sde, key, (2, 1, 1, 1), steps=20, solver="dpmv3", ems=fake_ems(sde, 40, (1, 1, 1)))
+    assert np.isfinite(samples).all()
+    with pytest.raises(UserError, match=r"ems\.measure"):
+        solvers.sample(noise, sde, key, (2, 1, 1, 1), steps=5, solver="dpmv3")
