@@ -128,13 +128,17 @@ def main():
 
     files.check_writable(plain.results / "samples")
     if solver == "auto":
-        if OPTION.value:
-            raise UserError("--solver=auto brings its own options: leave out --option")
+        for flag in (OPTION, GUIDANCE_INTERVAL, THRESHOLD, STRENGTH):  # it is measured without
+            if flag.value:
+                raise UserError(f"--solver=auto brings its own options: leave out --{flag.name}")
         given = dict(guidance=guidance, beside=beside, label=LABEL.value, ems_path=EMS.value)
         (solver, steps, options, corrections), path = choosing.best(plain, steps, **given)
         bending["chosen_by"] = str(path)
 
     # ------------------------------------------------------------------------------ the method
+    identities = [] if beside is None else [beside.identity]
+    if EMS.value is not None and solver != "dpmv3" and SOLVER.value != "auto":
+        raise UserError(f"--ems is for dpmv3, the solver is {solver}: leave it out")
     if redrawn and (solver in ("pc", "ode") or task is not None):
         raise UserError("--strength is for few-step solvers and no --task: leave one of them out")
     if solver == "pc":
@@ -147,10 +151,12 @@ def main():
         method = drawing.ode(model, options, seed=seed, pairs=task == "interpolate")
     else:
         ems = measuring.ems_of(plain, EMS.value, guidance, beside) if solver == "dpmv3" else None
-        options = times.with_times(model, solver, steps, options, ems)
         given = dict(ems=ems, corrections=corrections, measured=measured)
         if redrawn:
-            options, given["start"] = image_to_image.begun(plain, IMAGE.value, STRENGTH.value, steps, options)
+            beginning = image_to_image.begun(plain, IMAGE.value, STRENGTH.value, steps, options)
+            options, given["start"] = beginning.options, beginning.start
+            identities.append(beginning.identity)
+        options = times.with_times(model, solver, steps, options, ems)
         method = drawing.few_step(model, solver, steps, options, seed=seed, **given)
 
     # ------------------------------------------------------------------------------ one call, and what is printed
@@ -161,7 +167,7 @@ def main():
     given += [f"{flag}={value}" for flag, value in bending.items() if "/" not in str(value)]
     given += [] if told is None else [told.name]
     run = [f"step{model.step}", solver] + ([] if method.steps is None else [str(steps)])
-    folder = model.results / "samples" / (NAME.value or "-".join([*run, *given, f"seed{seed}"]))
+    folder = model.results / "samples" / (NAME.value or drawing.name_of([*run, *given, f"seed{seed}"]))
     samples = drawing.draw_and_write(
         model,
         method,
@@ -170,7 +176,7 @@ def main():
         batch_size=batch_size,
         seed=seed,
         bending=bending | ({} if told is None else told.record()),
-        identities=() if beside is None else (beside.identity,),
+        identities=tuple(identities),
         known=measured if known is None else known,
         columns=drawing.PER_PAIR if task == "interpolate" else None,
     )

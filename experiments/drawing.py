@@ -379,6 +379,15 @@ def draw_and_write(
     return samples._replace(folder=folder)
 
 
+MOST_LETTERS = 150  # of a folder's name; file systems take 255 bytes
+
+
+def name_of(parts: list[str]) -> str:
+    """The name of what was drawn in this way, cut with a hash at its end if it is too long for one."""
+    name = "-".join(parts)
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 9]}-{features.fingerprint(name)}"
+
+
 def folder_of_its_own(folder: pathlib.Path, identity: str) -> pathlib.Path:
     """The folder, or one beside it if it holds samples of another identity."""
     record = folder / "run.json"

@@ -101,7 +101,9 @@ def measured_of(
     if not np.isfinite([space.low, space.high]).all():
         raise UserError(f"--task={task} works on pixels, {model.name} on latents: use a model of pixels")
     if not 0 <= std < space.high - space.low:
-        raise UserError(f"--measurement_noise={std:g}: expected less than the data range, {space.high - space.low:g}")
+        raise UserError(
+            f"--measurement_noise={std:g}: expected 0 or more, below the data range, {space.high - space.low:g}"
+        )
     if task == "inpaint":
         known = restoration.known_of(model, task, image, mask)
         measurement = inverse.inpainting(known.mask)
@@ -124,15 +126,19 @@ def _given(model: runs.Model, task: str, measurement: Measurement, image: str) -
     space = model.diffusion.space
     expected = jax.eval_shape(measurement.apply, jax.ShapeDtypeStruct((1, *space.shape), np.float32)).shape
     if task == "custom":
-        if not image.endswith(".npy"):
+        if not image.lower().endswith(".npy"):
             return None
         try:
             y = np.load(image, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{image} is not a readable .npy: {one_line(error)}") from None
-        if y.shape != expected[1:] or y.dtype.kind != "f" or not np.isfinite(y).all():
-            raise UserError(f"{image} is {y.dtype} {y.shape}: expected what the operator makes, floats {expected[1:]}")
-        return y[None].astype(np.float32)
+        with np.errstate(over="ignore"):
+            as_float32 = y.astype(np.float32) if y.dtype.kind == "f" else np.full(1, np.nan)
+        if y.shape != expected[1:] or not np.isfinite(as_float32).all():
+            raise UserError(
+                f"{image} is {y.dtype} {y.shape}: expected what the operator makes, finite float32 {expected[1:]}"
+            )
+        return as_float32[None]
     if task == "super_resolve" and pathlib.Path(image).is_file():
         whole = sources.decode(pathlib.Path(image), image)
         if (whole.height, whole.width) == space.shape[:2]:
@@ -147,14 +153,14 @@ def load_operator(text: str | None) -> Callable:
     This runs a file of the user's, which importing it is: it is looked for where Python looks and in this folder.
     """
     module, sign, name = (text or "").partition(":")
-    if not (module and sign and name):
+    if not (module and sign and name) or module.endswith(".py"):
         raise UserError(
             f"--operator={text}: expected module:function, as in --operator=mine:edges for def edges(x) in mine.py"
         )
     sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # it is anyone's code
+    except (Exception, SystemExit) as error:  # it is anyone's code
         raise UserError(f"--operator={text}: {type(error).__name__}: {one_line(error)}") from None
     finally:
         sys.path.remove(os.getcwd())

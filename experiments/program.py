@@ -118,8 +118,10 @@ class NameParser(flags.ArgumentParser):
     """Names of files and folders to be, which are no paths."""
 
     def parse(self, argument: str) -> str:
-        if not argument or "://" in argument or argument[0] in "~/" or ".." in pathlib.PurePath(argument).parts:
-            raise UserError(f"{argument!r} is no name: expected one without a folder, as in --name=first")
+        if not argument or argument[0] == "~" or argument in (".", "..") or "/" in argument or len(argument) > 150:
+            raise UserError(
+                f"{argument!r} is no name: expected one of at most 150 letters without a folder, as in --name=first"
+            )
         return argument
 
 

@@ -95,6 +95,8 @@ def parse_options(texts: list[str]) -> dict:
         name, sign, value = text.partition("=")
         if not sign:
             raise UserError(f"--option {text}: expected name=value, as in --option order=2")
+        if name in options:
+            raise UserError(f"--option {text}: {name} is given twice, leave one of them out")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -87,25 +87,34 @@ def blur(shape: tuple[int, int, int], std: float) -> Measurement:
 def operator(apply: Callable, shape: tuple[int, int, int]) -> Measurement:
     """Anyone's A, x (B, H, W, C) -> y (B, ...), jittable; if it is linear, its inverse by conjugate gradients.
 
-    UserError for one that does not take images of `shape`, or returns anything but floats for each.
+    UserError for one that does not take images of `shape`, mixes those of a batch, returns anything but float32 for
+    each, or has no derivative.
     """
+    one, two = np.random.default_rng(0).normal(size=(2, 2, *shape)).astype(np.float32)
     try:
         y = jax.eval_shape(apply, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
-        fits = y.shape[:1] == (2,) and jnp.issubdtype(y.dtype, jnp.floating)
+        given = (one, two, 2 * one + two, one[:1], one[1:])
+        of_one, of_two, of_both, *alone = (np.asarray(apply(jnp.asarray(x))) for x in given)
     except Exception as error:  # it is anyone's code
         raise UserError(
             f"the operator does not take images (B, {shape}): {' '.join(str(error).split())[:200]}"
         ) from None
-    if not fits:
-        raise UserError(f"the operator makes {y.dtype} {y.shape} of 2 images {shape}: expected floats (2, ...)")
-    one, two = np.random.default_rng(0).normal(size=(2, 2, *shape)).astype(np.float32)
-    of_one, of_two, of_both = (np.asarray(apply(jnp.asarray(x))) for x in (one, two, 2 * one + two))
+    if y.shape[:1] != (2,) or y.dtype != jnp.float32 or not of_one.size:
+        raise UserError(f"the operator makes {y.dtype} {y.shape} of 2 images {shape}: expected float32 (2, ...)")
     if not np.isfinite(of_both).all():
         raise UserError("the operator makes what is not finite of normal images: expected finite values")
+    if any(y.shape != of_one[:1].shape for y in alone) or not np.allclose(
+        np.concatenate(alone), of_one, rtol=1e-3, atol=1e-4
+    ):
+        raise UserError("the operator mixes the images of a batch: expected y of each image alone")
+    try:
+        slope = jax.vjp(apply, jnp.asarray(one))[1](jnp.ones(of_one.shape, jnp.float32))[0]
+    except Exception as error:
+        raise UserError(f"the operator has no derivative: {' '.join(str(error).split())[:200]}") from None
+    if not np.asarray(slope).any():
+        raise UserError("the operator does not change with the image: expected one that has a derivative")
     if not np.allclose(2 * of_one + of_two, of_both, rtol=1e-3, atol=1e-3 * max(np.abs(of_both).max(), 1e-6)):
         return Measurement(apply)
-    if not np.allclose(apply(jnp.asarray(one[:1])), of_one[:1], rtol=1e-3, atol=1e-4):
-        raise UserError("the operator mixes the images of a batch: expected y of each image alone")
 
     def pull_one(residual, c):
         forward = lambda x: apply(x[None])[0]

@@ -119,10 +119,16 @@ def test_the_inverse_of_a_blur_and_of_a_custom_operator():
     ("apply", "words"),
     [
         (lambda x: x[:, :, :, :5] @ jnp.ones((7, 7)), "does not take images"),
-        (lambda x: x.mean(), "expected floats"),
-        (lambda x: x > 0, "expected floats"),
+        (lambda x: x.reshape(2, -1), "does not take images|mixes the images"),
+        (lambda x: x.mean(), "expected float32"),
+        (lambda x: x > 0, "expected float32"),
+        (lambda x: x.astype(jnp.float16), "expected float32"),
+        (lambda x: x[:, :0], "expected float32"),
         (lambda x: x / 0, "not finite"),
         (lambda x: x - x.mean(0, keepdims=True), "mixes the images"),
+        (lambda x: jnp.abs(x) / jnp.abs(x).max(), "mixes the images"),
+        (lambda x: jnp.where(x > 0, 1.0, -1.0), "does not change"),
+        (lambda x: 0 * x, "does not change"),
     ],
 )
 def test_operators_that_do_not_fit(apply, words):

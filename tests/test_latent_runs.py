@@ -139,7 +139,7 @@ def test_samples_that_begin_at_an_image(model, tmp_path):
     """At the image's own marginal at the time that the strength says, on the grid from there on."""
     path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-    options, start = image_to_image.begun(model, str(path), 0.5, 4, dict(order=2))
+    options, start, _ = image_to_image.begun(model, str(path), 0.5, 4, dict(order=2))
     sde, keys = model.diffusion.sde, samplers.sample_keys(0, np.arange(3))
     assert options["order"] == 2 and np.allclose(options["grid"], np.linspace(0.5005, 0.001, 5))
     x0 = jax.jit(model.diffusion.space.encode)(jax.random.key(0), np.asarray(Image.open(path)))
@@ -230,7 +230,7 @@ def test_the_figures_by_run_folders(tmp_path, monkeypatch):
     model = runs.with_guidance(opened, guidance)
 
     ems = measuring.ems_of(opened, None, guidance)
-    method = drawing.few_step(model, "dpmv3", 5, dict(snap=True), ems=ems, guidance_scale=guidance.scale)
+    method = drawing.few_step(model, "dpmv3", 5, dict(snap=True), ems=ems)
     x, _ = method.draw(np.arange(2), lambda n: None)
     compared(nchw(x), stored["dpm_solver_v3_5_f64"], 1e-4, "samples")
     levels = np.asarray(model.diffusion.space.decode(x), int) - stored["image_uint8_truncated"]

@@ -8,25 +8,26 @@ sample.py, evaluate.py and ems take. Checkpoints are kept at multiples of traini
 """
 
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 from absl import flags
 
 from experiments import build, program, runs
-from score_sde import checkpoint, power_ema, training
+from score_sde import checkpoint, files, power_ema, training
 from score_sde.errors import UserError
 from score_sde.power_ema import Profile
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to read; the newest run if absent.")
-OUT = flags.DEFINE_string("out", None, "The run folder to write.")
+WORKDIR = program.path_flag("workdir", None, "The run folder to read; the newest run if absent.")
+OUT = program.path_flag("out", None, "The run folder to write.")
 STD = flags.DEFINE_float("std", None, "Relative width of the average, its standard deviation over the steps.")
 STEP = flags.DEFINE_integer("step", None, "The step at which it ends; the last if absent.", lower_bound=1)
 MISSING = 0.1  # of a profile, above which a combination is refused
 
 
 def main():
-    if STD.value is None or OUT.value is None:
+    if STD.value is None or not OUT.value:
         raise UserError("give --std, the relative width of the average such as 0.08, and --out=FOLDER")
     write_average(runs.newest_run() if WORKDIR.value is None else WORKDIR.value, STD.value, OUT.value, STEP.value)
 
@@ -40,9 +41,12 @@ def write_average(workdir: str | pathlib.Path, std: float, out: str | pathlib.Pa
     config = runs.read_config(workdir)
     widths = config.training.power_ema
     if not widths:
-        raise UserError(f"{workdir} kept no power-function averages: train with --config.training.power_ema=(0.05,0.1)")
-    if out.exists() and any(out.iterdir()):
+        raise UserError(
+            f"{workdir} kept no power-function averages: train with --config.training.power_ema='(0.05,0.1)'"
+        )
+    if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out")
+    files.check_writable(out)
     checkpoints, optimizer = checkpoint.Checkpoints(workdir), training.make_optimizer(**config.optim)
     end = checkpoints.step_or_last(step)
     init = build.trainable(config).init
@@ -65,10 +69,17 @@ def write_average(workdir: str | pathlib.Path, std: float, out: str | pathlib.Pa
         part = jax.tree.map(lambda *leaves, own=own: np.tensordot(own, np.stack(leaves), 1), *state.power_ema)
         total = part if total is None else jax.tree.map(np.add, total, part)
     average = jax.tree.map(np.float32, total)
-    runs.claim_workdir(out, config)
-    written = checkpoint.Checkpoints(out, keep_every=1)
-    written.save(state._replace(params=average, ema=average), {"averaged": f"width {std:g} of {workdir}"})
-    written.wait()
+    try:
+        runs.claim_workdir(out, config)
+        for name in (runs.CLASSES, runs.START):
+            if (workdir / name).exists():
+                shutil.copy(workdir / name, out / name)
+        written = checkpoint.Checkpoints(out, keep_every=1)
+        written.save(state._replace(params=average, ema=average), {"averaged": f"width {std:g} of {workdir}"})
+        written.wait()
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     print(f"width {std:g} at step {end} from {len(profiles)} averages, within {missing:.1%} of its profile")
     print(f"wrote {out}; now python sample.py --workdir={out}")
 

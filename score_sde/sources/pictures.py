@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -71,7 +72,8 @@ def decode(encoded: bytes | Path, where: str) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types, some of them plain Exception's children
-        raise DamagedImage(f"{where} is not a readable image: {one_line(error)}") from error
+        reason = re.sub(r" <\S+ object at \w+>", "", one_line(error))  # Pillow's name of bytes in memory
+        raise DamagedImage(f"{where} is not a readable image: {reason}") from error
 
 
 def upright(image: Image.Image) -> Image.Image:
