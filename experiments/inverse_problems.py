@@ -143,6 +143,12 @@ def _given(model: runs.Model, task: str, measurement: Measurement, image: str) -
         whole = sources.decode(pathlib.Path(image), image)
         if (whole.height, whole.width) == space.shape[:2]:
             return None
+        if (whole.height, whole.width) != expected[1:3]:
+            (height, width), (low, narrow) = space.shape[:2], expected[1:3]
+            raise UserError(
+                f"{image} is {whole.width}x{whole.height}: expected the model's {width}x{height}, or {narrow}x{low}, "
+                "which --factor makes of it"
+            )
     levels = restoration.read_image(image, space._replace(shape=expected[1:]), exact=True)
     return np.asarray(space.encode(jax.random.key(0), levels))[None]
 

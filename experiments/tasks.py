@@ -24,7 +24,8 @@ def check(task: str | None, solver: str, given: dict):
     """Refuse flags that do not go together; given: those of TAKEN_BY that have a value."""
     for flag in given:
         if task not in TAKEN_BY[flag]:
-            raise UserError(f"--{flag} needs --task={' or --task='.join(TAKEN_BY[flag])}")
+            other = ", or --strength" if flag == "image" else ""
+            raise UserError(f"--{flag} needs --task={' or --task='.join(TAKEN_BY[flag])}{other}")
         if flag in ("method", "measurement_noise") and solver == "pc":
             raise UserError(f"--{flag} is for few-step solvers, pc has its own way: --solver=dpmv3, or leave it out")
     if task == "class" and "classifier" not in given:

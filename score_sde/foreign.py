@@ -71,6 +71,8 @@ def read_checkpoint(path: str | os.PathLike) -> Foreign:
     try:
         if path.is_dir():
             return _orbax(path)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is no file: expected a checkpoint")
         with path.open("rb") as file:
             start = file.read(9)
         if start.startswith(b"PK"):
@@ -781,6 +783,7 @@ _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint")  
 
 def _orbax(folder: pathlib.Path) -> Foreign:
     """The last step of a folder of Orbax, or the one that it is; its items as one tree."""
+    folder = folder.absolute()  # Orbax finds no description by a relative path
     marked = lambda path: any((path / name).is_file() for name in _ORBAX)
     while not marked(folder):
         inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -788,6 +791,8 @@ def _orbax(folder: pathlib.Path) -> Foreign:
         if not steps:
             break
         folder = max(steps, key=lambda path: int(path.name.rpartition("_")[2]))
+    if all((folder / item).is_dir() for item in ("state", "ema", "meta")):
+        raise _Malformed(f"it is a run of this code, which needs no import: --workdir={folder.parent.parent} opens it")
     trees = [path for path in (folder, *sorted(folder.iterdir())) if path.is_dir() and (path / "_METADATA").is_file()]
     reader = ocp.PyTreeCheckpointer()
 

@@ -315,18 +315,27 @@ def test_flax_files_and_orbax_folders_give_the_averages(name, tmp_path):
             assert np.array_equal(np.float32(flax_parameters(found)[key]), array), key
 
 
-def test_the_last_step_of_a_folder_of_orbax_is_taken(tmp_path):
+def test_the_last_step_of_a_folder_of_orbax_is_taken(tmp_path, monkeypatch):
     for step, state in ((9, MODEL), (10, AVERAGE)):
         ocp.PyTreeCheckpointer().save(tmp_path / str(step) / "default", {"params": nested(state)})
-    found = read_checkpoint(tmp_path)
-    assert found.step == 10
-    assert np.array_equal(flax_parameters(found)["end/kernel"], AVERAGE["end.weight"].T)
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (tmp_path, tmp_path.name):
+        found = read_checkpoint(folder)
+        assert found.step == 10
+        assert np.array_equal(flax_parameters(found)["end/kernel"], AVERAGE["end.weight"].T)
     for file in (tmp_path / "10").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:5])
     for folder in (tmp_path, tmp_path / "10" / "default", tmp_path / "9" / "default" / "d"):
         with pytest.raises(UserError, match="Orbax"):
             read_checkpoint(folder)
+
+
+def test_a_checkpoint_of_this_code_needs_no_import(tmp_path):
+    for item in ("state", "ema", "meta"):
+        ocp.PyTreeCheckpointer().save(tmp_path / "run" / "checkpoints" / "8" / item, {"params": nested(MODEL)})
+    with pytest.raises(UserError, match=rf"--workdir={tmp_path / 'run'} opens it"):
+        read_checkpoint(tmp_path / "run" / "checkpoints")
 
 
 def test_safetensors_and_npz(tmp_path):

@@ -94,7 +94,8 @@ def from_arrays(images: np.ndarray, labels: np.ndarray | None, where: str) -> Ra
         labels = labels[:, 0]
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         one_hot = ": save labels.argmax(1)" if labels.ndim == 2 and len(labels) == len(images) else ""
-        whole = ": save labels.astype(int)" if labels.shape == (len(images),) and labels.dtype.kind in "fb" else ""
+        numbers = labels.shape == (len(images),) and labels.dtype.kind in "fb"
+        whole = ": save labels.astype(int)" if numbers and (labels == np.round(labels.astype(float))).all() else ""
         raise UserError(
             f"{where}: labels are {labels.dtype} {labels.shape}, expected one integer for each of {len(images)} images"
             + one_hot
