@@ -19,6 +19,8 @@ from score_sde import parallel, seeds
 from score_sde.errors import UserError
 
 CACHE = str(pathlib.Path.home() / ".cache" / "score_sde")
+flags.disclaim_key_flags()  # what is defined here belongs to the program that asks for it, as in its --help
+
 REFUSALS = ("ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "ENOTDIR", "EISDIR")  # of a disk, which its user can mend
 
 

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 from configs import digits
-from experiments import build, runs
+from experiments import averages, build, runs
 from score_sde import checkpoint, power_ema, training
 from score_sde.errors import UserError
 from score_sde.power_ema import Profile
-from tools import ema
 
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
@@ -95,7 +94,7 @@ def run(tmp_path):
 
 def test_the_average_of_a_run_is_a_run(run, tmp_path, capsys):
     out = tmp_path / "averaged"
-    ema.write_average(run, 0.08, out)
+    averages.write(run, 0.08, out)
     profiles = [Profile(power_ema.gamma_of(width), step) for step in (100, 200, 300) for width in (0.05, 0.1)]
     weights, missing = power_ema.combination(profiles, Profile(power_ema.gamma_of(0.08), 300))
     assert f"within {missing:.1%}" in capsys.readouterr().out
@@ -108,5 +107,5 @@ def test_the_average_of_a_run_is_a_run(run, tmp_path, capsys):
 
 def test_averages_too_far_from_a_width_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="take a width nearer"):
-        ema.write_average(run, 0.01, tmp_path / "averaged")
+        averages.write(run, 0.01, tmp_path / "averaged")
     assert not (tmp_path / "averaged").exists()
