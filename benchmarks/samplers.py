@@ -10,6 +10,7 @@ deviation over seeds. The signal-to-noise ratio of the corrector is the config's
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -74,7 +75,7 @@ def sampler(model, num_samples: int, *, n: int, **options) -> Callable:
     options |= dict(n=n, snr=model.config.sampling.snr)
 
     def one_device(params, seed, index):
-        keys = samplers.sample_keys(seed, index)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)  # `sample_keys`, traced
         noise, x = diffusion.noise_of(params, diffusion.conditions(index)), samplers.prior(diffusion, keys)
         return predictor_corrector.sample(noise, diffusion.sde, x, samplers.draws(diffusion, keys), **options)
 

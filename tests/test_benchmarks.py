@@ -62,7 +62,8 @@ def run_studies(folder) -> dict:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run_studies, [tmp_path_factory.mktemp("benchmarks")])
+        studies = pool.apply_async(run_studies, [tmp_path_factory.mktemp("benchmarks")])
+        return studies.get(timeout=1200)  # an error that cannot be pickled would be waited for without end
 
 
 def test_studies_agree_on_the_solvers_they_share(found):
