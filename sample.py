@@ -153,7 +153,7 @@ def main():
         ems = measuring.ems_of(plain, EMS.value, guidance, beside) if solver == "dpmv3" else None
         given = dict(ems=ems, corrections=corrections, measured=measured)
         if redrawn:
-            beginning = image_to_image.begun(plain, IMAGE.value, STRENGTH.value, steps, options)
+            beginning = image_to_image.begin(plain, IMAGE.value, STRENGTH.value, steps, options)
             options, given["start"] = beginning.options, beginning.start
             identities.append(beginning.identity)
         options = times.with_times(model, solver, steps, options, ems)

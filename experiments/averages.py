@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments import build, runs
-from score_sde import checkpoint, files, power_ema, training
+from score_sde import checkpoint, power_ema, training
 from score_sde.errors import UserError
 from score_sde.power_ema import Profile
 
@@ -26,9 +26,6 @@ def write(workdir: str | pathlib.Path, std: float, out: str | pathlib.Path, step
         raise UserError(
             f"{workdir} kept no power-function averages: train with --config.training.power_ema='(0.05,0.1)'"
         )
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out")
-    files.check_writable(out)
     checkpoints, optimizer = checkpoint.Checkpoints(workdir), training.make_optimizer(**config.optim)
     end = checkpoints.step_or_last(step)
     init = build.trainable(config).init
@@ -44,23 +41,17 @@ def write(workdir: str | pathlib.Path, std: float, out: str | pathlib.Path, step
             f"of width {std:g}: take a width nearer to {' or '.join(f'{width:g}' for width in widths)}, or keep more "
             "checkpoints, training.keep_freq"
         )
-    total, state = None, None
-    for i, k in enumerate(steps):
-        state = checkpoints.restore(k, template)[0]
-        own = weights[i * len(widths) : (i + 1) * len(widths)]
-        part = jax.tree.map(lambda *leaves, own=own: np.tensordot(own, np.stack(leaves), 1), *state.power_ema)
-        total = part if total is None else jax.tree.map(np.add, total, part)
-    average = jax.tree.map(np.float32, total)
-    try:
-        runs.claim_workdir(out, config)
+    with runs.whole_or_nothing(out, config, "--out") as written:
+        total, state = None, None
+        for i, k in enumerate(steps):
+            state = checkpoints.restore(k, template)[0]
+            own = weights[i * len(widths) : (i + 1) * len(widths)]
+            part = jax.tree.map(lambda *leaves, own=own: np.tensordot(own, np.stack(leaves), 1), *state.power_ema)
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        average = jax.tree.map(np.float32, total)
         for name in (runs.CLASSES, runs.START):
             if (workdir / name).exists():
                 shutil.copy(workdir / name, out / name)
-        written = checkpoint.Checkpoints(out, keep_every=1)
         written.save(state._replace(params=average, ema=average), {"averaged": f"width {std:g} of {workdir}"})
-        written.wait()
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
     print(f"width {std:g} at step {end} from {len(profiles)} averages, within {missing:.1%} of its profile")
     print(f"wrote {out}; now python sample.py --workdir={out}")

@@ -127,12 +127,12 @@ def sde_of(config: ConfigDict) -> SDE:
 
 def autoencoder_of(config: ConfigDict) -> Autoencoder:
     """The autoencoder of a latent model's config."""
-    return made(Autoencoder, config.autoencoder, "autoencoder")
+    return instantiate(Autoencoder, config.autoencoder, "autoencoder")
 
 
 def text_encoder_of(config: ConfigDict, folder: pathlib.Path) -> tuple[CLIPText, dict]:
     """The text encoder of a run, and its parameters."""
-    network = made(CLIPText, config.text, "text encoder")
+    network = instantiate(CLIPText, config.text, "text encoder")
     shapes = shapes_of(network, jax.ShapeDtypeStruct((1, network.length), jnp.int32))
     return network, _parts(folder, parts.TEXT, shapes)
 
@@ -233,10 +233,10 @@ def construct(table: dict, section: ConfigDict, what: str):
     name = section.get("name")
     if name not in table:
         raise UserError(f"unknown {what} {name!r}: use one of {', '.join(table)}")
-    return made(table[name], {key: value for key, value in section.items() if key != "name"}, f"{what} {name!r}")
+    return instantiate(table[name], {key: value for key, value in section.items() if key != "name"}, f"{what} {name!r}")
 
 
-def made(constructor: Callable, section: ConfigDict | dict, what: str):
+def instantiate(constructor: Callable, section: ConfigDict | dict, what: str):
     """constructor(**section), with arguments that it does not take named."""
     arguments = {key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in section.items()}
     try:

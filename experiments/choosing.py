@@ -42,27 +42,27 @@ def best(
     A file of python -m tools.search goes before what was measured here; of several the one of the least distance.
     """
     bent = guides.bent_by(guidance, beside)
-    found = {path: _read(model, path, steps, bent) for path in sorted((model.results / "solvers").glob("*.json"))}
-    ranks = {path: rank for path, (rank, _) in found.items() if rank is not None}
-    if ranks:
-        path = min(ranks, key=ranks.get)
-        print(f"solver: {path}, {found[path][1].solver}, RMS {ranks[path][1]:.4f}")
-        return found[path][1], path
+    files_of_run = sorted((model.results / "solvers").glob("*.json"))
+    fitting = [way for path in files_of_run if (way := _read(model, path, steps, bent)) is not None]
+    if fitting:
+        _, distance, path, searched = min(fitting, key=lambda way: way[:2])
+        print(f"solver: {path}, {searched.solver}, RMS {distance:.4f}")
+        return searched, path
     sampled = runs.with_guidance(model, guidance, label=label, beside=beside)
     return _measure(model, sampled, steps, measuring.ems_of(model, ems_path, guidance, beside), bent)
 
 
 def _read(model: runs.Model, path: pathlib.Path, steps: int, bent: tuple):
-    """(whether it was measured here, its distance), what it holds; None in place of the first for what does not fit."""
+    """(whether it was measured here, its distance, the path, what it holds); None for a file that does not fit."""
     try:
         searched = samplers.read_search(model, str(path), bent)
         record = json.loads(path.read_text())
         rows = record["held_out_rms"]  # of the file's own table, the last of these that it has
         distance = float([rows[name] for name in ("measured", "searched", "learned") if name in rows][-1])
     except (UserError, LookupError, ValueError, TypeError, AttributeError):
-        return None, None
+        return None
     fits = searched.steps == steps and math.isfinite(distance)
-    return ((record.get("measured", False), distance) if fits else None), searched
+    return (record.get("measured", False), distance, path, searched) if fits else None
 
 
 def _measure(model: runs.Model, sampled: runs.Model, steps: int, ems, bent: tuple) -> tuple[Searched, pathlib.Path]:

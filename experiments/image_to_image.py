@@ -21,7 +21,7 @@ class Beginning(NamedTuple):
     identity: str
 
 
-def begun(model: runs.Model, image: str | None, strength: float, steps: int, options: dict) -> Beginning:
+def begin(model: runs.Model, image: str | None, strength: float, steps: int, options: dict) -> Beginning:
     """What begins at the image, noisy as it is at a time.
 
     strength: that time, as a share of the SDE's range: 1 leaves nothing of the image, 0 all. image: a file of the size

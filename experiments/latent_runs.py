@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -53,10 +52,7 @@ def write(model: LatentModel, workdir: pathlib.Path, source: str):
         if model.tokenizer is None:
             raise UserError(f"{source} has no tokenizer: name the folder with its vocab.json and merges.txt by --clip")
         latents.require_fit(model.text.network, tokenizer.read(model.tokenizer))
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty: choose another --workdir")
-    try:
-        runs.claim_workdir(workdir, config)
+    with runs.whole_or_nothing(workdir, config) as checkpoints:
         parts.save(workdir, parts.AUTOENCODER, model.autoencoder.params)
         if model.text is not None:
             parts.save(workdir, parts.TEXT, model.text.params)
@@ -68,10 +64,5 @@ def write(model: LatentModel, workdir: pathlib.Path, source: str):
         init = build.diffusion_of(runs.read_config(workdir), workdir).init
         layout = checkpoint.layout(jax.eval_shape(init, jax.random.key(0)))
         checkpoint.check_fit(source, "network", layout, checkpoint.layout(model.unet.params))
-        checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
         # the averaged parameters alone: what a run is opened, and another started, with
         checkpoints.save(training.State(np.int32(0), {}, model.unet.params, {}), {"imported": str(source)})
-        checkpoints.wait()
-    except BaseException:
-        shutil.rmtree(workdir, ignore_errors=True)
-        raise

@@ -37,14 +37,14 @@ def path_of(model: runs.Model, origin: dict) -> pathlib.Path:
         "_guidance": origin["guidance_scale"],
         "_seed": origin["seed"] or None,
     }
-    name += "".join(f"{key}{told(value)}" for key, value in apart.items() if value is not None)
+    name += "".join(f"{key}{all_digits(value)}" for key, value in apart.items() if value is not None)
     name += "" if origin.get("guided_by") is None else f"_by_{origin['guided_by']}"
     name += "".join(f"_{value}" for value in (origin.get("size"), origin.get("prompts")) if value is not None)
     name += "" if origin["data"] == model.config.data.dataset else f"_{pathlib.Path(origin['data']).stem}"
     return of_its_own(model.results / "ems" / f"{name.replace(' ', '_')}.npz", origin)
 
 
-def told(number: float) -> str:
+def all_digits(number: float) -> str:
     """A number in a file's name, with all its digits."""
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
@@ -168,11 +168,11 @@ def training_images(model: runs.Model) -> Source:
         x0 = np.asarray(encode(samplers.sample_keys(0, index), batch["image"]))
         return x0, conditions_of(model.diffusion, order[index], lambda: batch["label"])
 
-    first = hashed(images.take(np.arange(min(64, images.size)))["image"])
+    first = hash_of(images.take(np.arange(min(64, images.size)))["image"])
     return Source(model.config.data.dataset, images.size, take, first)
 
 
-def hashed(*arrays: np.ndarray) -> str:
+def hash_of(*arrays: np.ndarray) -> str:
     """A short hash of arrays."""
     hashes = (hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays)
     return features.fingerprint(*hashes)
@@ -193,7 +193,7 @@ def latents(diffusion: Diffusion, path: str) -> Source:
         raise UserError(f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{shape}), NHWC")
     x0, y = x0.astype(np.float32), np.asarray(arrays["labels"], np.int32) if diffusion.num_classes else None
     take = lambda index: (x0[index], conditions_of(diffusion, index, lambda: y[index]))
-    return Source(path, len(x0), take, hashed(x0))
+    return Source(path, len(x0), take, hash_of(x0))
 
 
 def own_samples(diffusion: Diffusion, params, seed: int, steps: int = 50) -> Source:
@@ -289,7 +289,7 @@ def measure(
         f"{evaluations} evaluations of at most 3 forward passes; {megabytes:.0f} MB of memory for any number of images"
     )
     if images.steps:
-        print(estimated(diffusion, model.params, images.steps, 3 * len(node.t), used, batch_size))
+        print(cost_of(diffusion, model.params, images.steps, 3 * len(node.t), used, batch_size))
     path.parent.mkdir(parents=True, exist_ok=True)
     began = []
     with program.progress(total=1, bar_format="EMS {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
@@ -319,7 +319,7 @@ def measure(
     return path
 
 
-def estimated(diffusion: Diffusion, params, drawing: int, measuring: int, n: int, batch_size: int) -> str:
+def cost_of(diffusion: Diffusion, params, drawing: int, measuring: int, n: int, batch_size: int) -> str:
     """What n images will take at most, by one evaluation of a device's share: time, and memory of a device."""
     index = np.arange(parallel.batch_per_device(batch_size))
 
@@ -484,9 +484,9 @@ def take_published(
     )
     shape = model.diffusion.space.shape
     ems = statistics.load_published(folder, model.diffusion.sde, shape, t_end=t_end, origin=origin)
-    ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1, first_images=hashed(ems.l, ems.s, ems.b)))
-    name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{told(t_end)}"
-    name += "" if guidance_scale is None else f"_guidance{told(guidance_scale)}"
+    ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1, first_images=hash_of(ems.l, ems.s, ems.b)))
+    name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{all_digits(t_end)}"
+    name += "" if guidance_scale is None else f"_guidance{all_digits(guidance_scale)}"
     name += "" if guided_by is None else f"_by_{guided_by}"
     path = of_its_own(model.results / "ems" / f"{name.replace(' ', '_')}.npz", ems.origin)
     statistics.save(path, ems)

@@ -78,7 +78,7 @@ def prompted(model: runs.Model, prompts: Prompts | None) -> runs.Model:
         raise UserError(f"{model.name} draws what prompts say: give --prompt='...' or --prompts=FILE, one a line")
     folder, inner = model.workdir, model.diffusion.noise_of
     encoder = build.text_encoder_of(model.config, folder)
-    contexts = encoded(*encoder, tokenizer.read(folder / parts.TOKENIZER), [*prompts.texts, prompts.negative])
+    contexts = encode(*encoder, tokenizer.read(folder / parts.TOKENIZER), [*prompts.texts, prompts.negative])
 
     def noise_of(params, condition=None, keys=None):
         own, contexts = params
@@ -89,7 +89,7 @@ def prompted(model: runs.Model, prompts: Prompts | None) -> runs.Model:
     return model._replace(diffusion=model.diffusion._replace(**told), params=(model.params, contexts))
 
 
-def encoded(network, params: dict, read_tokens: tokenizer.Tokenizer, texts: Sequence[str]) -> np.ndarray:
+def encode(network, params: dict, read_tokens: tokenizer.Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """The contexts (P, L, D) of texts; says which of them are too long, and are cut."""
     latents.require_fit(network, read_tokens)
     tokens, cut = read_tokens(texts, network.length)

@@ -1,8 +1,10 @@
 """Run folders: claimed, opened, and told of; packed models are opened in the same way."""
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -55,6 +57,25 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict):
 
 def _plain(value):
     return list(value) if isinstance(value, tuple) else value
+
+
+@contextlib.contextmanager
+def whole_or_nothing(workdir: pathlib.Path, config: ConfigDict, flag: str = "--workdir"):
+    """Write a run folder at once: gives its Checkpoints, waits for them, and removes the folder if anything fails.
+
+    UserError where something is there already; flag: what names another place.
+    """
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty: choose another {flag}")
+    files.check_writable(workdir)
+    try:
+        claim_workdir(workdir, config)
+        checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
+        yield checkpoints
+        checkpoints.wait()
+    except BaseException:
+        shutil.rmtree(workdir, ignore_errors=True)
+        raise
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:

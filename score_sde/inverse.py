@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde.denoiser import NoiseFn
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.sde import SDE, per_image
 
 LOST = 0.03  # a blur's singular values below this are taken as zero
@@ -96,9 +96,7 @@ def operator(apply: Callable, shape: tuple[int, int, int]) -> Measurement:
         given = (one, two, 2 * one + two, one[:1], one[1:])
         of_one, of_two, of_both, *alone = (np.asarray(apply(jnp.asarray(x))) for x in given)
     except Exception as error:  # it is anyone's code
-        raise UserError(
-            f"the operator does not take images (B, {shape}): {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise UserError(f"the operator does not take images (B, {shape}): {one_line(error)}") from None
     if y.shape[:1] != (2,) or y.dtype != jnp.float32 or not of_one.size:
         raise UserError(f"the operator makes {y.dtype} {y.shape} of 2 images {shape}: expected float32 (2, ...)")
     if not np.isfinite(of_both).all():
@@ -110,7 +108,7 @@ def operator(apply: Callable, shape: tuple[int, int, int]) -> Measurement:
     try:
         slope = jax.vjp(apply, jnp.asarray(one))[1](jnp.ones(of_one.shape, jnp.float32))[0]
     except Exception as error:
-        raise UserError(f"the operator has no derivative: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"the operator has no derivative: {one_line(error)}") from None
     if not np.asarray(slope).any():
         raise UserError("the operator does not change with the image: expected one that has a derivative")
     if not np.allclose(2 * of_one + of_two, of_both, rtol=1e-3, atol=1e-3 * max(np.abs(of_both).max(), 1e-6)):

@@ -139,7 +139,7 @@ def test_samples_that_begin_at_an_image(model, tmp_path):
     """At the image's own marginal at the time that the strength says, on the grid from there on."""
     path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-    options, start, _ = image_to_image.begun(model, str(path), 0.5, 4, dict(order=2))
+    options, start, _ = image_to_image.begin(model, str(path), 0.5, 4, dict(order=2))
     sde, keys = model.diffusion.sde, samplers.sample_keys(0, np.arange(3))
     assert options["order"] == 2 and np.allclose(options["grid"], np.linspace(0.5005, 0.001, 5))
     x0 = jax.jit(model.diffusion.space.encode)(jax.random.key(0), np.asarray(Image.open(path)))
@@ -151,7 +151,7 @@ def test_samples_that_begin_at_an_image(model, tmp_path):
         (str(tmp_path / "absent.png"), 0.5, "no such image"),
     ):
         with pytest.raises(UserError, match=message):
-            image_to_image.begun(model, image, strength, 4, {})
+            image_to_image.begin(model, image, strength, 4, {})
 
 
 def test_ems_of_prompts(told, monkeypatch):

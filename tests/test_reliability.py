@@ -197,7 +197,7 @@ def test_statistics_of_another_origin_are_kept_side_by_side(field, tmp_path, mon
 
 
 def test_numbers_in_names_keep_their_digits():
-    told = [measuring.told(value) for value in (2.0, 0.1, 1e-3, 2**32, 2**32 + 1, 2.0000001)]
+    told = [measuring.all_digits(value) for value in (2.0, 0.1, 1e-3, 2**32, 2**32 + 1, 2.0000001)]
     assert told == ["2", "0.1", "0.001", "4294967296", "4294967297", "2.0000001"]
 
 

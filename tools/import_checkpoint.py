@@ -16,7 +16,6 @@ the others. Where a file holds one set of parameters, that one is taken.
 
 import functools
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import jax
@@ -25,7 +24,7 @@ from absl import flags
 
 from experiments import build, latent_runs, program, runs
 from experiments.config import package_configs
-from score_sde import checkpoint, files, foreign, latent_models, training
+from score_sde import files, foreign, latent_models, training
 from score_sde.errors import UserError
 from score_sde.models.names import contents
 from score_sde.models.published import convert, to_torch
@@ -87,17 +86,9 @@ def import_checkpoint(
         fitting = [path for path, _ in fitting_configs(to_ours, params)]
         advice = f"it fits {' and '.join(fitting)}" if fitting else "no config of configs/ has a network that it fits"
         raise UserError(f"{file} does not fit {name}: {error}; {advice}") from None
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty: choose another --workdir")
-    try:
-        runs.claim_workdir(workdir, config)
-        checkpoints = checkpoint.Checkpoints(workdir, keep_every=1)
+    with runs.whole_or_nothing(workdir, config) as checkpoints:
         state = training.init_state(params, training.make_optimizer(**config.optim))
         checkpoints.save(state._replace(step=np.int32(read.step or 0)), {"imported": str(file)})
-        checkpoints.wait()
-    except BaseException:
-        shutil.rmtree(workdir, ignore_errors=True)
-        raise
     if read.skipped:
         print(f"passed over in {file}: {', '.join(read.skipped)}")
     alone = ", the only ones that it holds" if len(held) == 1 else ""

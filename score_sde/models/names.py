@@ -24,12 +24,15 @@ def shapes_of(network: nn.Module, *inputs: jax.ShapeDtypeStruct) -> dict[str, tu
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()}
 
 
-def published(layers: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:
-    """The published name of each parameter, by its path, from those of the layers; a path may be in `layers` itself."""
+def published(layers: Mapping[str, str], paths: Iterable[str], leaves: Mapping[str, str] = LEAVES) -> dict[str, str]:
+    """The published name of each parameter, by its path, from those of the layers; a path may be in `layers` itself.
+
+    leaves: PyTorch's names of Flax's leaves, where they differ.
+    """
     names = {}
     for path in paths:
         layer, _, leaf = path.rpartition("/")
-        names[path] = layers.get(path) or f"{layers.get(layer, layer)}.{LEAVES.get(leaf, leaf)}"
+        names[path] = layers.get(path) or f"{layers.get(layer, layer)}.{leaves.get(leaf, leaf)}"
     return names
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from score_sde.errors import UserError
-from score_sde.models.names import parameters, shapes_of, unwrapped
+from score_sde.models.names import parameters, published, shapes_of, unwrapped
 from score_sde.models.ncsnpp import NCSNpp
 from score_sde.models.resample import BOX
 from score_sde.models.unet import Plan, UNet, UNetClassifier
@@ -113,7 +113,7 @@ def from_guided_diffusion(
     layers = ADM_TOP | ADM_POOLS.get(getattr(network, "pool", ""), {})
     for stage, plan in network.stages().items():
         layers |= _adm_names(stage, plan, network.resblock_updown)
-    names = _names(layers, shapes)
+    names = published(layers, shapes, LEAVES)
     state = unwrapped(state, names.values())
     _require(state, "time_embed.0.weight", "guided diffusion")
     rows_of = lambda path: _rows(network, path, shapes, order)
@@ -131,7 +131,7 @@ def from_edm(state: Mapping[str, np.ndarray], network: UNet | NCSNpp, image_shap
         UNet: (_dhariwal_names, _rows, lambda network: BOX),
         NCSNpp: (_song_names, _song_rows, lambda network: network.fir_kernel if network.fir else BOX),
     }[type(network)]
-    names = _names(layers_of(network, image_shape[0]), shapes)
+    names = published(layers_of(network, image_shape[0]), shapes, LEAVES)
     state = unwrapped(state, names.values())
     _require(state, "map_layer0.weight", "EDM")
     filters = {name for name in state if name.endswith("resample_filter")}
@@ -144,15 +144,6 @@ def from_edm(state: Mapping[str, np.ndarray], network: UNet | NCSNpp, image_shap
 def _inputs(image_shape: tuple[int, int, int]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """An image and its label, without their numbers."""
     return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-
-
-def _names(layers: Mapping[str, str], shapes: Shapes) -> dict[str, str]:
-    """The published name of each parameter, by its path."""
-    names = {}
-    for path in shapes:
-        layer, _, leaf = path.rpartition("/")
-        names[path] = layers.get(path) or f"{layers.get(layer, layer)}.{LEAVES.get(leaf, leaf)}"
-    return names
 
 
 def _arranged(rows_of: Callable[[str], np.ndarray | None], table: str = "") -> Callable:
