@@ -45,7 +45,9 @@ NETWORK = program.path_flag("network", None, "inception, resnet20-NAME or its .n
 INCEPTION_WEIGHTS = program.path_flag("inception_weights", None, "pytorch-fid's file; downloaded if absent.")
 INCEPTION_MODE = flags.DEFINE_string("inception_mode", "tf", "Preprocessing: tf (TensorFlow's) or pf (pytorch-fid's).")
 ANY_INCEPTION_WEIGHTS = flags.DEFINE_bool("any_inception_weights", False, "Accept weights of another hash.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "Of fid (published: 50000) and latent_mse.", lower_bound=2)
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 10_000, "Samples of fid (published: 50000), latent_mse.", lower_bound=2
+)
 SOLVER = flags.DEFINE_list("solver", None, "Solvers for fid, the first also for samples; the config's if absent.")
 TABLEAU = program.path_flag("tableau", None, "File of python -m tools.search, for samples and fid.")
 GRID = flags.DEFINE_string("grid", None, "Times of samples and fid: a named grid or gits; each solver's if absent.")

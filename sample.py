@@ -71,12 +71,10 @@ THRESHOLD = flags.DEFINE_enum("threshold", None, list(THRESHOLDS), "Keeps data p
 TASK = flags.DEFINE_enum("task", None, list(tasks.TASKS), "What is known of samples.")
 IMAGE = program.path_flag("image", None, "The image to restore; test images if absent.")
 MASK = program.path_flag("mask", None, "Image of what is known, white, to inpaint; the upper half if absent.")
-METHOD = flags.DEFINE_enum(
-    "method", None, list(METHODS), "Of an inverse problem by a few-step solver; pigdm if absent."
-)
+METHOD = flags.DEFINE_enum("method", None, list(METHODS), "How few-step solvers meet what is known; pigdm if absent.")
 MEASUREMENT_NOISE = flags.DEFINE_float("measurement_noise", None, "Its standard deviation in what is measured.")
-FACTOR = flags.DEFINE_integer("factor", None, f"Of super_resolve; {inverse_problems.FACTOR} if absent.")
-BLUR = flags.DEFINE_float("blur", None, f"Of deblur, in pixels; {inverse_problems.BLUR} if absent.")
+FACTOR = flags.DEFINE_integer("factor", None, f"How much super_resolve enlarges; {inverse_problems.FACTOR} if absent.")
+BLUR = flags.DEFINE_float("blur", None, f"Deviation of deblur, in pixels; {inverse_problems.BLUR} if absent.")
 OPERATOR = flags.DEFINE_string("operator", None, "MODULE:FUNCTION, x (B, H, W, C) -> y (B, ...), of --task=custom.")
 CLASSIFIER = program.path_flag("classifier", None, "The run folder of the classifier of --task=class.")
 AUTOGUIDANCE = program.path_flag("autoguidance", None, "An earlier step, or the run folder of a weaker model.")

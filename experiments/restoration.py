@@ -114,9 +114,9 @@ def read_image(path: str, space: Space, *, exact: bool = False) -> np.ndarray:
 def read_mask(path: str, space: Space) -> np.ndarray:
     """True where a mask says that an image is known: bool (H, W). Says how much that is.
 
-    What is transparent is the hole. Of the rest the lighter of two levels is known, as in files of 0 and 1, or of more
-    levels the upper half; where it has one colour or many and something is transparent, as an image with a hole, all of
-    it is. Refuses a mask that knows nothing or everything.
+    Transparent pixels are the hole. If the others have two levels, as in files of 0 and 1, the lighter is known. If
+    they have one or many, all of them are known where some pixels are transparent, as in an image with a hole, and
+    their upper half where none is. Refuses a mask that knows nothing or everything.
     """
     pixels = np.asarray(open_image(path, space).convert("RGBA"))
     level, opaque = np.asarray(Image.fromarray(pixels[..., :3]).convert("L")), pixels[..., 3] > 127

@@ -599,7 +599,7 @@ def _scalar(leaf: Any, data_of: Callable[[str], bytes]) -> Any:
 def _averages_by_name(model: dict[str, np.ndarray], shadow: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Averages that are a list in the order of the trainable parameters, which have their shapes.
 
-    Those are all but buffers, such as `sigmas`, and the Fourier frequencies, the only vector called W; or all.
+    An average has all entries, or all but buffers such as `sigmas` and the Fourier frequencies, the only vector W.
     """
     fixed = ("sigmas", "running_mean", "running_var", "num_batches_tracked")
     trained = {

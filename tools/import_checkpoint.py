@@ -33,7 +33,7 @@ CONFIG = program.config_flag()
 WORKDIR = program.path_flag("workdir", None, "The run folder to write, or with --export to read.")
 RAW = flags.DEFINE_bool("raw", False, "Take the parameters themselves instead of their moving average.")
 EXPORT = program.path_flag("export", None, "Write a run's averaged parameters to this .npz, under PyTorch names.")
-VARIANT = flags.DEFINE_string("variant", "", "Of a diffusers folder's files, as in fp16; none, or else fp16 if absent.")
+VARIANT = flags.DEFINE_string("variant", "", "Suffix of a diffusers folder's files, as fp16; absent: none, else fp16.")
 CLIP = program.path_flag("clip", None, "Folder with the tokenizer of a latent model's single file.")
 OUTPUT = flags.DEFINE_enum("output", None, ["eps", "v"], "What a latent model's single file predicts, without a .yaml.")
 

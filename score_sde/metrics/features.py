@@ -198,7 +198,7 @@ def save(path: pathlib.Path, found: Statistics) -> None:
 def load(path: str | os.PathLike, network: FeatureNetwork) -> Statistics:
     """A file by `save`, refused unless it was made with this network; or one of others, which tells of no network.
 
-    Those are mu and sigma, of pytorch-fid and TTUR, and the features themselves, `pool_3`, of Score-SDE's code.
+    Other tools write mu and sigma (pytorch-fid, TTUR), or the features themselves as `pool_3` (Score-SDE's code).
     """
     with files.reading(path, "is no file of statistics", "expected an .npz with mu and sigma, or with pool_3"):
         arrays = files.load_npz(path, ("mu", "sigma", "n", "features", "provenance", "pool_3"))
