@@ -96,7 +96,7 @@ class Saved(NamedTuple):
     t: np.ndarray  # (nodes,)
     lam: np.ndarray
     blocks: Moments  # (BLOCKS, nodes, ...)
-    origin: dict  # with `images`: the [first, end) ranges of images that were taken
+    origin: dict  # with `images`: the [first, end) ranges of images that were taken, none touching another
 
 
 def save(path, saved: Saved):
@@ -158,7 +158,12 @@ def add(one: Saved, two: Saved, names: tuple[str, str]) -> Saved:
                     f"{names[0]} and {names[1]} share images {max(first, other_first)} to "
                     f"{min(end, other_end) - 1}: measure others, python -m ems --first_image={max(end, other_end)}"
                 )
-    images = sorted([*one.origin["images"], *two.origin["images"]])
+    images = []
+    for first, end in sorted([*one.origin["images"], *two.origin["images"]]):
+        if images and images[-1][1] == first:  # as if they had been measured at once
+            images[-1][1] = end
+        else:
+            images.append([first, end])
     num_data = one.origin["num_data"] + two.origin["num_data"]
     return one._replace(
         blocks=merge(one.blocks, two.blocks), origin=one.origin | dict(images=images, num_data=num_data)
