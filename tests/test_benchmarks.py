@@ -14,7 +14,7 @@ SEEDS, SAMPLES, STEPS = 2, 32, [5, 10]
 
 def run_studies(folder) -> dict:
     """What each study finds. In a process of its own: programs define flags."""
-    from benchmarks import ems_budget, few_steps, ingredients, samplers, study
+    from benchmarks import ems_budget, few_steps, ingredients, inverse, samplers, study
     from configs import digits
     from ems import statistics
     from score_sde import sde
@@ -26,6 +26,7 @@ def run_studies(folder) -> dict:
     study.FOLDER = runs.RUNS = folder
     samplers.PREDICTORS = {"reverse diffusion": samplers.PREDICTORS["reverse diffusion"]}
     few = ("DDIM", "SDE-DPM-Solver++ 2M", "DEIS tAB3", "F-PNDM", "DPM-Solver-v3")
+    inverse.SOLVERS, inverse.METHODS = ("dpmpp",), ("ddnm",)
     few_steps.SOLVERS = {name: few_steps.SOLVERS[name] for name in few}
     mixture, shape = Mixture.reference(), (8, 8, 3)
     levels = lambda name, n: ((mixture.sample(name, n) + 1) * 127.5).clip(0, 255).astype(np.uint8)
@@ -55,6 +56,9 @@ def run_studies(folder) -> dict:
         ingredients=ingredients.compared(model, ems, STEPS, SAMPLES),
         ems_budget=ems_budget.compared(model, [33, 66, 132], SEEDS, SAMPLES),
         samplers=samplers.compared(model, network, 25, SAMPLES, SEEDS),
+        inverse=inverse.compared(model, network, ["inpaint", "super_resolve"], 16, 10, 25),
+        psnr_of_others=inverse.psnr(splits["test_images"], np.roll(splits["test_images"], 1, 0)),
+        psnr=inverse.psnr(np.full((2, 4, 4, 1), 9), np.full((2, 4, 4, 1), 5)),
         files=sorted(path.name for path in folder.iterdir()),
     )
 
@@ -120,6 +124,20 @@ def test_distances_of_samplers(found):
     assert values.shape == (4, SEEDS)
     assert np.isfinite(values).all()
     assert len(np.unique(values)) == values.size  # other samples in every column and with every seed
+
+
+def test_inverse_problems_by_few_evaluations_and_by_many(found):
+    """Samples of what was measured are nearer to the images than others of the data are; floors are the images'."""
+    study, floor = found["inverse"]
+    assert found["psnr"] == pytest.approx(20 * np.log10(255 / 4))
+    assert list(study["inpaint"]) == ["ddnm, dpmpp", "predictor-corrector"]
+    assert list(study["super_resolve"]) == ["ddnm, dpmpp"]
+    assert [row[0] for row in study["inpaint"].values()] == [10, 25]
+    for rows in study.values():
+        for _, psnr, distance, seconds in rows.values():
+            assert psnr > found["psnr_of_others"] + 1
+            assert distance > floor / 2
+            assert seconds > 0
 
 
 def page(result):
