@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ems.statistics import EMS
@@ -17,6 +18,7 @@ from experiments import build, program, runs, samplers
 from score_sde import data, files, parallel, sources
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, inception
+from score_sde.space import Space
 from solvers.learned import Corrections
 from solvers.tableau import Tableau
 
@@ -48,6 +50,17 @@ def feature_network(
     gray = ", gray images as RGB of three equal channels" if config.data.num_channels < network.channels else ""
     print(f"features: {network.name}, weights {network.sha256[:8]}, {network.preprocessing}{gray}")
     return network
+
+
+def seen_by(network: features.FeatureNetwork, space: Space) -> Callable:
+    """x (B, H, W, C) of pixels -> the network's features (B, D) of unrounded levels, which have a derivative by x."""
+
+    def apply(x):
+        levels = 255 * (jnp.clip(x, space.low, space.high) - space.low) / (space.high - space.low)
+        repeats = network.channels if x.shape[-1] == 1 else 1
+        return network.apply(network.params, jnp.repeat(levels, repeats, -1))[0]
+
+    return apply
 
 
 class Drawer(NamedTuple):

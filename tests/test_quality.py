@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from configs import digits
 from experiments import quality
 from score_sde.errors import UserError
 from score_sde.metrics.features import FeatureNetwork
+from score_sde.space import pixels
 from tests.test_sources import as_folder, as_zip, encoded, files_of
 
 RNG = np.random.default_rng(0)
@@ -18,7 +21,7 @@ IMAGES = RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
 @pytest.fixture
 def network():
     """The mean level of each channel, which is three features."""
-    apply = lambda params, images: (images.mean((1, 2)).astype(np.float32), images.mean((1, 2)).astype(np.float32))
+    apply = lambda params, images: (images.mean((1, 2)).astype(jnp.float32), images.mean((1, 2)).astype(jnp.float32))
     return FeatureNetwork("toy", "FD-toy", "0", "none", 3, 3, {}, apply)
 
 
@@ -30,6 +33,17 @@ def config(tmp_path, monkeypatch):
     config.unlock()
     config.data.update(dataset="data.npz", num_channels=3)
     return config.lock()
+
+
+def test_features_that_have_a_derivative(network):
+    """On whole levels those of the images that evaluate.py measures, gray repeated; none beyond the data's range."""
+    for channels, space in ((3, pixels((8, 8, 3))), (1, pixels((8, 8, 1), centered=False))):
+        seen, images = quality.seen_by(network, space), IMAGES[..., :channels]
+        x = jax.vmap(space.encode)(jax.random.split(jax.random.key(0), len(images)), images)
+        np.testing.assert_allclose(seen(x), images.mean((1, 2)) * np.ones(3), rtol=1e-5)
+        slope = jax.grad(lambda x: seen(x).sum())(jnp.stack([0.1 + x[0] / 2, 3 + x[0]]))
+        np.testing.assert_allclose(slope[0], 255 / (space.high - space.low) / 64 * (3 / channels), rtol=1e-5)
+        assert not slope[1].any()
 
 
 @pytest.mark.parametrize("names", [dict(arr_0=IMAGES), dict(samples=IMAGES), dict(images=IMAGES), dict(x_train=IMAGES)])

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import measuring, program, runs, samplers
+from experiments import measuring, program, quality, runs, samplers
 from experiments import report as reports
 from experiments.config import shown
 from score_sde import VERSION, files, parallel
@@ -33,7 +33,7 @@ from score_sde.metrics import features
 from solvers import gits, learned
 from solvers.dpm_solver import dpm_solver_pp
 from solvers.grids import GRIDS
-from solvers.learned import Corrections
+from solvers.learned import Learned
 from solvers.search import CHOICES, descend
 from solvers.tableau import Tableau
 
@@ -137,10 +137,13 @@ def search(
 
     # ------------------------------------------------------------------------------ judge, write
     rows = {"published": published, "best grid": build(**named)[0], "searched": build(**options)[0]}
-    corrections = None
+    found = network = None
     if learn:
-        corrections = corrections_of(rows["searched"], searching, deadline + seconds)
-        rows["learned"] = samplers.with_corrections(rows["searched"], sde, corrections)
+        known, dataset = features.local_networks(), pathlib.Path(model.config.data.dataset or "").stem
+        own = known.get(f"resnet20-{dataset}") if np.isfinite(diffusion.space.high) else None
+        network = own and features.local(own)
+        found = learn_from(rows["searched"], searching, deadline + seconds, network)
+        rows["learned"] = samplers.with_corrections(rows["searched"], sde, found.corrections)
     held_out = {name: judging.distance(table) for name, table in rows.items()}
     record = dict(
         solver=solver,
@@ -150,7 +153,8 @@ def search(
         asked=features.fingerprint(given, guidance.scale, noises, seed, ems_path),
         guidance_scale=guidance.own_scale,
         guided_by=None,
-        corrections=corrections and {name: values.tolist() for name, values in corrections._asdict().items()},
+        corrections=found and {name: values.tolist() for name, values in found.corrections._asdict().items()},
+        learned_by=found and dict(loss=["pixels", *([network.name] if network else [])], held_out=found.held_out),
         held_out_rms=held_out,
         searched_rms=value,
         noises=noises,
@@ -187,8 +191,16 @@ def cheapest_times(trajectories: Trajectories, steps: int, t_end: float) -> np.n
     return gits.times(noise, trajectories.diffusion.sde, starts, steps, t_end=t_end)
 
 
-def corrections_of(table: Tableau, trajectories: Trajectories, deadline: float) -> Corrections:
-    """The corrections of a table, learned on three quarters of the trajectories; the last quarter chooses."""
+def learn_from(
+    table: Tableau,
+    trajectories: Trajectories,
+    deadline: float,
+    network: features.FeatureNetwork | None = None,
+) -> Learned:
+    """Corrections of a table, learned on three quarters of the trajectories; the last quarter chooses.
+
+    network: if not None, its features count as much as the pixels do.
+    """
     diffusion, n = trajectories.diffusion, len(trajectories.index)
     batch = parallel.round_up(max(1, min(32, n // 4)))
     n = n // batch * batch
@@ -198,8 +210,20 @@ def corrections_of(table: Tableau, trajectories: Trajectories, deadline: float) 
         lambda values: values[:n], (trajectories.starts, trajectories.ends, trajectories.conditions)
     )
 
+    parts = [lambda x: x] if network is None else [lambda x: x, quality.seen_by(network, diffusion.space)]
+    ends = trajectories.sample(table, trajectories.index)
+    units = [samplers.rms(part(ends) - part(trajectories.ends)) for part in parts]
+
+    def seen(x):
+        """Arrays whose squared differences have the same mean of 1 for each part, before anything is learned."""
+        values = [part(x) / unit for part, unit in zip(parts, units, strict=True)]
+        size = sum(value.size for value in values)
+        return [value * (size / len(parts) / value.size) ** 0.5 for value in values]
+
     def progress(done, total, best):
-        print(f"learning: {done} of at most {total} iterations, RMS {best:.4f} on noises held out", flush=True)
+        print(
+            f"learning: {done} of at most {total} iterations, {best:.3f} of the distance on noises held out", flush=True
+        )
 
     return learned.learn(
         diffusion.noise_of,
@@ -209,9 +233,10 @@ def corrections_of(table: Tableau, trajectories: Trajectories, deadline: float) 
         *whole_batches,
         held_out=max(1, n // (4 * batch)) * batch,
         batch_size=batch,
+        features=seen,
         deadline=deadline,
         progress=progress,
-    ).corrections
+    )
 
 
 if __name__ == "__main__":
