@@ -30,8 +30,8 @@ def sample(noise: NoiseFn, sde: SDE, key, shape: tuple[int, ...], steps: int, *,
 
     steps: network evaluations. options: those of the solver's function, such as ems=... for dpmv3, whose other options
         are the published ones for this number of evaluations if none is given; it ends where the EMS end.
-    UserError for an unknown solver, and for dpmv3 without EMS. It compiles once for each NoiseFn and shape of table, and
-    what the NoiseFn closes over becomes a part of the program: for a network of gigabytes, call this within a function
+    UserError for an unknown solver, and for dpmv3 without EMS. It compiles once for each NoiseFn and shape of table.
+    What the NoiseFn closes over becomes a part of the program: for a network of gigabytes, call this within a function
     of its parameters that is jitted.
     """
     if solver not in SOLVERS:

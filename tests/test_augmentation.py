@@ -29,7 +29,7 @@ def test_moves_from_pixel_to_pixel_are_exact(move):
 
 
 def test_a_plane_stays_a_plane():
-    """Of a gradient, which bilinear interpolation keeps, each inner pixel comes from where the inverse says."""
+    """Each inner pixel of a gradient, which bilinear interpolation keeps, comes from where the inverse says."""
     y, x = np.mgrid[:16, :16].astype(np.float32)
     plane = (2 * x - 3 * y)[..., None]
     matrix, shift = np.array([[0.9, 0.3], [-0.2, 1.1]]), np.array([0.4, -0.7])

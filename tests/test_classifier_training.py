@@ -33,7 +33,7 @@ TINY_CLASSIFIER = [
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [4, 7])
 def test_gradients_of_the_convolution(stride, size, x64):
-    """Those of the library's own, also for odd sizes."""
+    """Gradients are those of the library's own convolution, also for odd sizes."""
     key_x, key_kernel = jax.random.split(jax.random.key(0))
     x, kernel = jax.random.normal(key_x, (2, size, size + 2, 3)), jax.random.normal(key_kernel, (3, 3, 3, 5))
     layout = ("NHWC", "HWIO", "NHWC")

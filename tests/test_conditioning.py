@@ -150,7 +150,7 @@ def test_colours_have_the_conditional_distribution_and_the_gray_of_the_image():
 
 
 def test_unknown_pixels_end_without_the_noise_of_the_last_step():
-    """Of VE with few steps that noise is large: smallest sigma times the square root of two shows in the published."""
+    """VE in few steps leaves much noise: the smallest sigma times the square root of two shows in the published."""
     sde, shape = sde_lib.VE(sigma_min=0.3, sigma_max=10.0), (2, 2, 1)
     data = (np.zeros(4, np.float32), np.float32(1e-4) * np.eye(4, dtype=np.float32))
     known = jnp.zeros((B, *shape))

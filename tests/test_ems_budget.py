@@ -57,7 +57,7 @@ def repeated(sde, repeats: int):
 
 
 def test_reported_standard_errors_are_the_spread_over_seeds():
-    """Of l, s and b at every node: what one measurement reports is what many measurements scatter."""
+    """What one measurement reports for l, s and b at every node is what many measurements scatter."""
     many = [ems for ems, *_ in repeated(sde_lib.VP(), 48)]
     spread = np.stack(
         [np.sqrt(np.stack([getattr(ems, key) for ems in many]).var(0, ddof=1).mean((1, 2, 3))) for key in "lsb"]

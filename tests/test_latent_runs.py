@@ -238,7 +238,7 @@ def test_the_figures_by_run_folders(tmp_path, monkeypatch):
 
 
 def test_published_mean_squares(model, tmp_path, monkeypatch):
-    """Those of the published samplers on an exact model, guided at 7.5."""
+    """The values are those of the published samplers on an exact model, guided at 7.5."""
     stored, case = figures_of("L_sampling", "gmm_cfg7.5"), reference.cases("L_sampling")["gmm_cfg7.5"]
     sde, exact = schedule(case["betas"]), mixture()
     noises = [exact.noise_fn(sde, np.asarray(row)) for row in [*case["condition"], [0.0, 0.0, 0.0]]]

@@ -13,7 +13,7 @@ from score_sde.power_ema import Profile
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
 def test_published_exponents(width, gamma):
-    """Those of the paper's two averages (sec. 3.2)."""
+    """The exponents are those of the paper's two averages (sec. 3.2)."""
     assert power_ema.gamma_of(width) == pytest.approx(gamma, abs=5e-3)
 
 
@@ -38,7 +38,7 @@ def test_the_recurrence_weighs_steps_by_their_power(gamma, x64):
 
 
 def test_another_width_from_two_kept_ones(x64):
-    """Of a path of parameters, sixteen snapshots of widths 0.05 and 0.1 give 0.07 as if it had been kept."""
+    """Sixteen snapshots of the widths 0.05 and 0.1 give 0.07 as if it had been kept."""
     total, every = 1600, 100
     path = (
         np.sin(np.arange(1, total + 1) / 300)[:, None] * np.array([1.0, -2.0])

@@ -25,7 +25,7 @@ def noise(x, t):
 
 
 def precisions(function, x) -> set[str]:
-    """Of all products in the program, where the default is that of a TPU."""
+    """The precision of all products in the program, where the default is that of a TPU."""
     with jax.default_matmul_precision("bfloat16"):
         return set(re.findall(r"\bprecision=(.*)", str(jax.make_jaxpr(function)(x))))
 

@@ -240,7 +240,7 @@ def test_pictures_of_results_that_were_asked_for_otherwise_have_other_names(tmp_
 
 
 def test_a_report_put_aside_twice_loses_nothing(tmp_path):
-    """Of one checkpoint, then another, and again: results of both are in folders of their own."""
+    """One checkpoint, then another, and the first again: results of both are in folders of their own."""
     at = lambda identity: model_of(str(tmp_path), None, identity)
     for identity, seed in (("aa", 0), ("bb", 0), ("aa", 1), ("bb", 1), ("cc", 0)):
         whole = evaluation.earlier(at(identity), tmp_path)

@@ -14,7 +14,7 @@ from solvers import SOLVERS, search
 
 
 def test_descent_finds_the_minimum():
-    """Of a quadratic whose minimum is a rising grid, to the finest part of a gap that is tried; the ends stay."""
+    """A quadratic's minimum, a rising grid, is met to the finest part of a gap that is tried; the ends stay."""
     best = np.array([-5.0, -3.5, -0.2, 0.1, 4.0])
     distance = lambda lam: float(np.square(lam - best).sum())
     lam, value = search.descend(distance, np.linspace(-5, 4, 5), time.monotonic() + 60)
