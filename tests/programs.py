@@ -36,12 +36,17 @@ TINY = [
 ]
 
 
+def environment(devices: int) -> dict[str, str]:
+    """What a process on so many devices inherits."""
+    xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return os.environ | dict(XLA_FLAGS=xla, PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT))
+
+
 def program(name: str, *arguments, devices: int = 1, wait: bool = True):
     """Run `python name ...` at the root of the checkout."""
     command = [sys.executable, *(("-m", "ems") if name == "ems" else (f"{name}.py",)), *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     started = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     if not wait:
         return started
@@ -60,15 +65,12 @@ def start(folder: pathlib.Path, *command, devices: int = 1, processes: int = 1) 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | dict(
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT)
-    )
     started = []
     for i in range(processes):
         several = [f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={i}"]
         with open(folder / f"{i}.log", "w") as log:
             arguments = [sys.executable, *map(str, command), *(several if processes > 1 else [])]
-            started.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            started.append(subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), stdout=log, stderr=log))
     return started
 
 

@@ -1,7 +1,6 @@
 """Distances of features against torch-fidelity, pytorch-fid and closed forms; feature networks; statistics files."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -17,7 +16,7 @@ from score_sde import checkpoint, sources, training
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, resnet
 from tests import reference
-from tests.programs import ROOT, ok
+from tests.programs import ROOT, environment, ok
 
 GROUP = "I_metrics"
 
@@ -325,9 +324,8 @@ def test_statistics_files(tmp_path):
 def program(folder, name: str, *arguments):
     """Run `python name ...` of this checkout in another folder, where it leaves its files."""
     command = [sys.executable, *(("-m", name) if "." in name and not name.endswith(".py") else (ROOT / name,))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [*command, *map(str, arguments)], cwd=folder, env=environment(2), capture_output=True, text=True, timeout=300
     )
 
 
