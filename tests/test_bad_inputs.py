@@ -8,31 +8,17 @@ import pathlib
 import runpy
 import shlex
 import shutil
-import signal
-import sys
 import zipfile
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from ems import estimate, moments, statistics
 from experiments import build, runs
-from experiments.program import shared_flags
 from score_sde import checkpoint, files, training
-
-PROGRAMS = {
-    "train": "train",
-    "sample": "sample",
-    "evaluate": "evaluate",
-    "ems": "ems.__main__",
-    "importers": "tools.import_checkpoint",
-    "search": "tools.search",
-    "average": "tools.ema",
-    "metrics": "tools.train_features",
-}
+from tests import programs
 
 # ------------------------------------------------------------------------------------------------ what is given
 
@@ -624,38 +610,6 @@ BAD |= {
 }
 
 
-@contextlib.contextmanager
-def as_its_own_process(*arguments):
-    """Flags of a program alone, though this process has others; settings that a program makes are undone."""
-    shared_flags()  # which stay, as those of absl do
-    given = flags.FLAGS
-    modules = {name: given.find_module_defining_flag(name) for name in given}
-    of_programs = [name for name, module in modules.items() if name == "config" or module in PROGRAMS.values()]
-    others = {name: given[name] for name in of_programs}
-    for name in others:
-        delattr(given, name)
-    before, argv, hook = set(given), sys.argv, sys.unraisablehook
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    settings = {name: getattr(jax.config, name) for name in options}
-    sys.argv = list(arguments)
-    try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            yield
-    finally:
-        sys.argv, sys.unraisablehook = argv, hook
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        for name in set(given) - before:
-            delattr(given, name)
-        given.unparse_flags()
-        for name, flag in others.items():
-            given[name] = flag
-            given.register_flag_by_module(modules[name], flag)
-
-
 def contents(folder: pathlib.Path) -> dict:
     found = ((path, path.stat()) for path in sorted(folder.rglob("*")))
     return {str(path): (known.st_size, known.st_mtime_ns) for path, known in found if path.is_file()} | {
@@ -663,12 +617,9 @@ def contents(folder: pathlib.Path) -> dict:
     }
 
 
-def run(command: str):
-    """Run a program in this process, by its own `if __name__ == "__main__"`; its exit code."""
-    name, *arguments = shlex.split(command)
-    with as_its_own_process(name, *arguments), pytest.raises(SystemExit) as ended:
-        runpy.run_module(PROGRAMS[name], run_name="__main__")
-    return ended.value.code or 0
+def run(command: str) -> int:
+    """The exit code of a command line, run in this process."""
+    return programs.run(*shlex.split(command))
 
 
 @pytest.mark.parametrize("what", BAD)
