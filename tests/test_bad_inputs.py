@@ -397,6 +397,10 @@ BAD = {
     "unknown corrector": (SAMPLE + "--solver=pc --option corrector=magic", "magic", "langevin"),
     "word for a signal-to-noise ratio": (SAMPLE + "--solver=pc --option snr=high", "snr", "high", "0.16"),
     "neither predictor nor corrector": (SAMPLE + "--solver=pc --option predictor=none", "neither", "predictor="),
+    "ancestral ODE": (
+        SAMPLE + "--solver=pc --option predictor=ancestral_sampling --option probability_flow=True",
+        "no probability flow",
+    ),
     "negative tolerance": (SAMPLE + "--solver=ode --option rtol=-1", "rtol=-1", "positive"),
     "steps of the adaptive solver": (SAMPLE + "--solver=ode --steps=5", "--steps=5", "rtol"),
     "absent search": (SAMPLE + "--tableau=none.json", "none.json", "tools.search"),
@@ -443,6 +447,10 @@ BAD = {
     "no operator": (SAMPLE + "--task=custom --solver=dpmpp", "--operator"),
     "operator of no module": (SAMPLE + "--task=custom --solver=dpmpp --operator=no_such:thing", "no_such"),
     "operator without a function": (SAMPLE + "--task=custom --solver=dpmpp --operator=json", "json", "module:function"),
+    "operator that is no function": (SAMPLE + "--task=custom --solver=dpmpp --operator=math:pi", "expected a function"),
+    "operator of numbers": (SAMPLE + "--task=custom --solver=dpmpp --operator=math:sin", "does not take images"),
+    "blur of another task": (SAMPLE + "--task=inpaint --blur=2", "--blur needs --task=deblur"),
+    "deblurring by pc": (SAMPLE + "--task=deblur --solver=pc", "not by pc: --solver=dpmv3"),
     "a model that guides itself": (SAMPLE + "--autoguidance=8 --guidance=2 --solver=dpmpp", "the model itself"),
     "two guides": (SAMPLE + "--autoguidance=4 --classifier=runs/classifier --task=class", "--autoguidance", "leave"),
     "guidance that auto does not measure": (

@@ -217,7 +217,8 @@ def guided(kind: str, sde):
         log_probability = losses.log_probability(lambda x, t: logits(x, t, labels), labels)
         return guidance.classifier_guidance(mixture.noise_fn(sde), sde, log_probability)(x, t)
 
-    return jax.jit(logits), jax.jit(noise)
+    jit = optimized_jit if kind == "analytic" else jax.jit
+    return jit(logits), jit(noise)
 
 
 def conditional_case(case: str, dtype):

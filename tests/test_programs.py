@@ -176,8 +176,6 @@ def test_ems_and_evaluation(run):
     [
         ("train", [*TINY, "--config.sde.name=vpp"], "subvp"),
         ("ems", ["--num_data=4", "--batch_size=8"], "smaller batch"),
-        ("sample", ["--solver=euler"], "dpmv3"),
-        ("evaluate", ["--metrics=fid50k"], "convergence"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(name, arguments, word, run):
