@@ -160,6 +160,7 @@ def samples(workdir, name):
         return file["samples"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_task_runs_and_says_what_it_did(name, runs, ran):
     ok(ran[name])
@@ -171,12 +172,14 @@ def test_a_task_runs_and_says_what_it_did(name, runs, ran):
     assert record.get("task") == next((a.split("=")[1] for a in COMMANDS[name] if "--task" in a), None)
 
 
+@pytest.mark.slow
 def test_the_class_matters_and_guidance_by_nothing_does_not(runs, ran):
     found = {name: samples(runs / "model", name) for name in COMMANDS if name != "coloured"}
     np.testing.assert_array_equal(found["guided by nothing"], found["plain"])
     assert (found["guided"] != found["plain"]).any()
 
 
+@pytest.mark.slow
 def test_inpainting_keeps_what_is_known(runs, ran):
     """The very levels of the image where the mask is white; of test images the upper half."""
     given = samples(runs / "model", "completed")[..., 0]
@@ -188,6 +191,7 @@ def test_inpainting_keeps_what_is_known(runs, ran):
     assert Image.open(runs / "model" / "samples" / "completed test images" / "grid.png").width > 6 * 64
 
 
+@pytest.mark.slow
 def test_colorization_keeps_the_gray(runs, ran):
     found = samples(runs / "colour", "coloured").astype(float)
     inside = ((found > 0) & (found < 255)).all(-1)  # the gray of others changes when they are cut off
@@ -196,6 +200,7 @@ def test_colorization_keeps_the_gray(runs, ran):
     assert np.abs(found.mean(-1) - LEVELS)[inside].max() <= 1.5  # truncation takes a level at most, alpha a little
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failure_is_one_line(failure, runs, ran):
     assert ran[failure].returncode == 2
@@ -205,5 +210,6 @@ def test_a_failure_is_one_line(failure, runs, ran):
     assert (runs / "model" / "samples" / failure).exists() == (failure == "second batch")
 
 
+@pytest.mark.slow
 def test_what_was_finished_before_a_failure_is_kept(runs, ran):
     np.testing.assert_array_equal(samples(runs / "model", "second batch"), samples(runs / "model", "plain")[:3])

@@ -340,6 +340,7 @@ def run_and_network(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_samples_of_a_run(run_and_network):
     """Sample, measure, report; more samples reuse the finished batches."""
     folder = run_and_network
@@ -369,6 +370,7 @@ def test_samples_of_a_run(run_and_network):
     assert "| evaluations | 2 | 3 |" in (folder / "run/eval/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_images_of_others(run_and_network):
     """A folder that holds the test images is as far from the data as the floor says; a mistake is one line."""
     folder = run_and_network

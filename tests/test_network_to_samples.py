@@ -42,6 +42,7 @@ def tame_noise():
     return noise
 
 
+@pytest.mark.slow
 def test_published_statistics_of_a_network(x64):
     stored = reference.arrays("E_ems_net")
     nodes = estimate.nodes_at(SDE, stored["ems/timesteps_f64"], stored["ems/lambdas_f64"])
@@ -61,6 +62,7 @@ def test_published_statistics_of_a_network(x64):
         np.testing.assert_allclose(getattr(ems, key), theirs, atol=1e-6 * np.abs(theirs).max(), err_msg=key)
 
 
+@pytest.mark.slow
 def test_published_few_step_samples_of_a_network(x64):
     """DPM-Solver-v3 with the network's published statistics, in float64."""
     ems_file, v3 = (reference.arrays(name) for name in ("E_ems_net", "E_v3_net"))

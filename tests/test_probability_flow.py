@@ -242,6 +242,7 @@ def test_two_devices_equal_one_and_stop_together():
     subprocess.run([sys.executable, "-c", DEVICES], env=environment(2), check=True, cwd=ROOT, timeout=200)
 
 
+@pytest.mark.slow
 def test_the_programs(tmp_path):
     """Samples colder than the prior, images between images, bits/dim and encoding; on two devices; and a refusal."""
     tolerances = [f"--config.eval.likelihood.{name}=1e-3" for name in ("rtol", "atol")]

@@ -15,6 +15,8 @@ from score_sde import checkpoint
 from tests import reference
 from tests.programs import TINY, finished, ok, process, program
 
+pytestmark = pytest.mark.slow  # the mistakes of test_bad_inputs.py are quick
+
 
 def leaves(workdir, step: int) -> dict:
     """Every array of a checkpoint, read without a template."""
