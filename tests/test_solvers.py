@@ -62,26 +62,29 @@ def end_points(noise, tables, x):
     return [run(table, x, evaluations=np.int32(len(own.t))) for table, own in zip(alike, tables, strict=True)]
 
 
+def published_v3(sde, ems, row: dict, indices) -> tableau.Tableau:
+    """DPM-Solver-v3 as a row of a published table says."""
+    return dpm_solver_v3.dpm_solver_v3(
+        sde,
+        row["steps"],
+        ems=ems,
+        order=row["order"],
+        pseudo=row["p_pseudo"],
+        corrector="on" if row["use_corrector"] else "off",
+        corrector_pseudo=row["c_pseudo"],
+        lower_order_final=row["lower_order_final"],
+        degenerate=row["degenerated"],
+        indices=indices[: row["steps"] + 1],
+    )
+
+
 def run_v3_rows(name: str, dtype, noise) -> np.ndarray:
     """Relative error of every row of a published table, from its own statistics and step indices."""
     sde, _, ems = problem(name)
     stored = reference.arrays(f"E_v3_{name}")
     x = jnp.asarray(reference.nhwc(stored["x_T"]), dtype)
-    tables = [
-        dpm_solver_v3.dpm_solver_v3(
-            sde,
-            row["steps"],
-            ems=ems,
-            order=row["order"],
-            pseudo=row["p_pseudo"],
-            corrector="on" if row["use_corrector"] else "off",
-            corrector_pseudo=row["c_pseudo"],
-            lower_order_final=row["lower_order_final"],
-            degenerate=row["degenerated"],
-            indices=indices[: row["steps"] + 1],
-        )
-        for row, indices in zip(reference.rows(f"E_v3_{name}"), stored["indexes_f64"], strict=True)
-    ]
+    rows = zip(reference.rows(f"E_v3_{name}"), stored["indexes_f64"], strict=True)
+    tables = [published_v3(sde, ems, row, indices) for row, indices in rows]
     theirs = reference.nhwc(stored["x0_f64"])
     return np.array([worst(ours, x0) for ours, x0 in zip(end_points(noise, tables, x), theirs, strict=True)])
 
