@@ -1,7 +1,21 @@
-"""Test-wide strictness: no silent dtype promotion, no silent broadcasting between ranks."""
+"""Test-wide strictness: no silent dtype promotion, no silent broadcasting between ranks; and quick compilation."""
+
+import os
+import tempfile
 
 import jax
 import pytest
+
+# Compilation is most of the suite's time, and without optimization a fifth of it. One's own flags come last and win.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+
+# What is compiled once in a run of the tests is there for all: for both workers, and for the programs that they start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="score_sde_compiled_")  # lives as long as the first process
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

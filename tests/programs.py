@@ -1,9 +1,12 @@
 """Programs as a user starts them, alone or as several processes, and what may happen to them and to their files."""
 
 import contextlib
+import io
 import os
 import pathlib
+import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,11 +15,25 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+import pytest
+from absl import flags
 
 from experiments import build, runs
+from experiments.program import shared_flags
 from score_sde import checkpoint, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAMS = {
+    "train": "train",
+    "sample": "sample",
+    "evaluate": "evaluate",
+    "ems": "ems.__main__",
+    "importers": "tools.import_checkpoint",
+    "search": "tools.search",
+    "average": "tools.ema",
+    "metrics": "tools.train_features",
+    "pack": "tools.pack",
+}
 TINY = [
     "--config=configs/digits.py",
     "--config.model.nf=8",
@@ -36,17 +53,74 @@ TINY = [
 ]
 
 
-def program(name: str, *arguments, devices: int = 1, wait: bool = True):
-    """Run `python name ...` at the root of the checkout."""
-    command = [sys.executable, *(("-m", "ems") if name == "ems" else (f"{name}.py",)), *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    started = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if not wait:
-        return started
+def environment(devices: int) -> dict[str, str]:
+    """What a process on so many devices inherits."""
+    xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return os.environ | dict(XLA_FLAGS=xla, PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT))
+
+
+def process(name: str, *arguments, devices: int = 1, folder: pathlib.Path = ROOT) -> subprocess.Popen:
+    """A program of this checkout as a user starts it, in a folder."""
+    script = ROOT / f"{name}.py"
+    command = [script] if script.exists() else ["-m", PROGRAMS[name].removesuffix(".__main__")]
+    return subprocess.Popen(
+        [sys.executable, *map(str, (*command, *arguments))],
+        cwd=folder, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finished(started: subprocess.Popen) -> subprocess.CompletedProcess:
     out, err = started.communicate(timeout=300)
-    return subprocess.CompletedProcess(command, started.returncode, out, err)
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)
+
+
+def program(name: str, *arguments, devices: int = 1, folder: pathlib.Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a program of this checkout in a folder to its end: in this process, or on several devices in its own."""
+    if devices > 1:
+        return finished(process(name, *arguments, devices=devices, folder=folder))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(name, *map(str, arguments))
+    return subprocess.CompletedProcess(name, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def as_its_own_process(*arguments):
+    """Flags of a program alone, though this process has others; settings that a program makes are undone."""
+    shared_flags()  # which stay, as those of absl do
+    given = flags.FLAGS
+    modules = {name: given.find_module_defining_flag(name) for name in given}
+    of_programs = [name for name, module in modules.items() if name == "config" or module in PROGRAMS.values()]
+    others = {name: given[name] for name in of_programs}
+    for name in others:
+        delattr(given, name)
+    before, argv, hook = set(given), sys.argv, sys.unraisablehook
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    settings = {name: getattr(jax.config, name) for name in options}
+    sys.argv = list(arguments)
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
+    finally:
+        sys.argv, sys.unraisablehook = argv, hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        for name in set(given) - before:
+            delattr(given, name)
+        given.unparse_flags()
+        for name, flag in others.items():
+            given[name] = flag
+            given.register_flag_by_module(modules[name], flag)
+
+
+def run(name: str, *arguments: str) -> int:
+    """Run a program in this process, by its own `if __name__ == "__main__"`; its exit code."""
+    with as_its_own_process(name, *arguments), pytest.raises(SystemExit) as ended:
+        runpy.run_module(PROGRAMS[name], run_name="__main__")
+    return ended.value.code or 0
 
 
 def ok(result):
@@ -60,15 +134,12 @@ def start(folder: pathlib.Path, *command, devices: int = 1, processes: int = 1) 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | dict(
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT)
-    )
     started = []
     for i in range(processes):
         several = [f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={i}"]
         with open(folder / f"{i}.log", "w") as log:
             arguments = [sys.executable, *map(str, command), *(several if processes > 1 else [])]
-            started.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            started.append(subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), stdout=log, stderr=log))
     return started
 
 

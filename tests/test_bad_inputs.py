@@ -8,31 +8,17 @@ import pathlib
 import runpy
 import shlex
 import shutil
-import signal
-import sys
 import zipfile
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from ems import estimate, moments, statistics
 from experiments import build, runs
-from experiments.program import shared_flags
 from score_sde import checkpoint, files, training
-
-PROGRAMS = {
-    "train": "train",
-    "sample": "sample",
-    "evaluate": "evaluate",
-    "ems": "ems.__main__",
-    "importers": "tools.import_checkpoint",
-    "search": "tools.search",
-    "average": "tools.ema",
-    "metrics": "tools.train_features",
-}
+from tests import programs
 
 # ------------------------------------------------------------------------------------------------ what is given
 
@@ -411,6 +397,10 @@ BAD = {
     "unknown corrector": (SAMPLE + "--solver=pc --option corrector=magic", "magic", "langevin"),
     "word for a signal-to-noise ratio": (SAMPLE + "--solver=pc --option snr=high", "snr", "high", "0.16"),
     "neither predictor nor corrector": (SAMPLE + "--solver=pc --option predictor=none", "neither", "predictor="),
+    "ancestral ODE": (
+        SAMPLE + "--solver=pc --option predictor=ancestral_sampling --option probability_flow=True",
+        "no probability flow",
+    ),
     "negative tolerance": (SAMPLE + "--solver=ode --option rtol=-1", "rtol=-1", "positive"),
     "steps of the adaptive solver": (SAMPLE + "--solver=ode --steps=5", "--steps=5", "rtol"),
     "absent search": (SAMPLE + "--tableau=none.json", "none.json", "tools.search"),
@@ -457,6 +447,10 @@ BAD = {
     "no operator": (SAMPLE + "--task=custom --solver=dpmpp", "--operator"),
     "operator of no module": (SAMPLE + "--task=custom --solver=dpmpp --operator=no_such:thing", "no_such"),
     "operator without a function": (SAMPLE + "--task=custom --solver=dpmpp --operator=json", "json", "module:function"),
+    "operator that is no function": (SAMPLE + "--task=custom --solver=dpmpp --operator=math:pi", "expected a function"),
+    "operator of numbers": (SAMPLE + "--task=custom --solver=dpmpp --operator=math:sin", "does not take images"),
+    "blur of another task": (SAMPLE + "--task=inpaint --blur=2", "--blur needs --task=deblur"),
+    "deblurring by pc": (SAMPLE + "--task=deblur --solver=pc", "not by pc: --solver=dpmv3"),
     "a model that guides itself": (SAMPLE + "--autoguidance=8 --guidance=2 --solver=dpmpp", "the model itself"),
     "two guides": (SAMPLE + "--autoguidance=4 --classifier=runs/classifier --task=class", "--autoguidance", "leave"),
     "guidance that auto does not measure": (
@@ -624,38 +618,6 @@ BAD |= {
 }
 
 
-@contextlib.contextmanager
-def as_its_own_process(*arguments):
-    """Flags of a program alone, though this process has others; settings that a program makes are undone."""
-    shared_flags()  # which stay, as those of absl do
-    given = flags.FLAGS
-    modules = {name: given.find_module_defining_flag(name) for name in given}
-    of_programs = [name for name, module in modules.items() if name == "config" or module in PROGRAMS.values()]
-    others = {name: given[name] for name in of_programs}
-    for name in others:
-        delattr(given, name)
-    before, argv, hook = set(given), sys.argv, sys.unraisablehook
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    settings = {name: getattr(jax.config, name) for name in options}
-    sys.argv = list(arguments)
-    try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            yield
-    finally:
-        sys.argv, sys.unraisablehook = argv, hook
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        for name in set(given) - before:
-            delattr(given, name)
-        given.unparse_flags()
-        for name, flag in others.items():
-            given[name] = flag
-            given.register_flag_by_module(modules[name], flag)
-
-
 def contents(folder: pathlib.Path) -> dict:
     found = ((path, path.stat()) for path in sorted(folder.rglob("*")))
     return {str(path): (known.st_size, known.st_mtime_ns) for path, known in found if path.is_file()} | {
@@ -663,12 +625,9 @@ def contents(folder: pathlib.Path) -> dict:
     }
 
 
-def run(command: str):
-    """Run a program in this process, by its own `if __name__ == "__main__"`; its exit code."""
-    name, *arguments = shlex.split(command)
-    with as_its_own_process(name, *arguments), pytest.raises(SystemExit) as ended:
-        runpy.run_module(PROGRAMS[name], run_name="__main__")
-    return ended.value.code or 0
+def run(command: str) -> int:
+    """The exit code of a command line, run in this process."""
+    return programs.run(*shlex.split(command))
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import measuring, runs
 
+pytestmark = pytest.mark.slow
 SEEDS, SAMPLES, STEPS = 2, 32, [5, 10]
 
 

@@ -1,6 +1,5 @@
 """CLIP's text encoder and tokenizer: equal to the published ones."""
 
-import functools
 import json
 import shutil
 import sys
@@ -16,7 +15,6 @@ from score_sde.models import clip_text
 from tests import reference
 from tests.latent import TINY, compared, figures_of, needs_tiny, state_of, tree_in
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CASES = [name for name in reference.cases("L_text") if not name.startswith("tokenizer")]
 FOLDER = TINY / "tokenizer"
 
@@ -31,7 +29,7 @@ def ran(name: str, dtype: str, layers_less: int = 0):
         dtype=dtype,
     )
     params = tree_in(jnp.dtype(dtype), clip_text.from_published(state, network))
-    return quick_jit(network.apply)({"params": params}, figures_of("L_text", name)["input_ids"])
+    return jax.jit(network.apply)({"params": params}, figures_of("L_text", name)["input_ids"])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,6 +16,7 @@ from solvers import conditioning
 from solvers import predictor_corrector as pc
 from tests import reference
 from tests.mixture import Mixture
+from tests.optimized import optimized_jit
 from tests.test_predictor_corrector import CORRECTORS, PREDICTORS, options_of, sde_of
 from tests.test_published_models import classifier_case
 
@@ -107,9 +108,8 @@ def drawn(sde, shape, gaussian_data, condition, **options):
     keys = jax.random.split(jax.random.key(0), B)
     x = sde.prior_std * jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 10**6), shape))(keys)
     draw, noise = pc.noise_of_keys(keys, shape), noise_of_gaussian(sde, *gaussian_data)
-    return np.asarray(jax.jit(lambda x: pc.sample(noise, sde, x, draw, condition=condition, **options))(x)).reshape(
-        B, -1
-    )
+    run = optimized_jit(lambda x: pc.sample(noise, sde, x, draw, condition=condition, **options))
+    return np.asarray(run(x)).reshape(B, -1)
 
 
 # Putting known pixels back is exact where noise is small, not at large noise: samples must not stay as they came from
@@ -217,7 +217,8 @@ def guided(kind: str, sde):
         log_probability = losses.log_probability(lambda x, t: logits(x, t, labels), labels)
         return guidance.classifier_guidance(mixture.noise_fn(sde), sde, log_probability)(x, t)
 
-    return jax.jit(logits), jax.jit(noise)
+    jit = optimized_jit if kind == "analytic" else jax.jit
+    return jit(logits), jit(noise)
 
 
 def conditional_case(case: str, dtype):

@@ -80,6 +80,7 @@ def test_published_solvers_in_float32(name, x64):
     assert np.median(errors) < 3e-6
 
 
+@pytest.mark.slow
 def test_published_solvers_on_a_network(x64):
     assert errors_of_rows("net", sde_lib.VP(), tame_noise(), jnp.float64).max() < 1e-9
 

@@ -326,6 +326,7 @@ def samples(workdir, name, *arguments):
     return np.load(folder / "samples.npz")["samples"].astype(int), json.loads((folder / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_labels_and_guidance_of_samples(run):
     """Without --label classes go by turns; sample i is the same sample wherever its class is asked for."""
     turns, _ = samples(run, "turns", "--num_samples=14", "--batch_size=7", "--guidance=2.0")

@@ -46,6 +46,7 @@ def alone(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_processes_train_as_one(alone, tmp_path, devices):
     """The parameters differ by the order of sums, and the first process alone talks.
@@ -61,6 +62,7 @@ def test_two_processes_train_as_one(alone, tmp_path, devices):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_sample_and_measure_as_one(alone, tmp_path):
     """The same sample for each index, and the same moments for the EMS, up to rounding."""
     workdir = tmp_path / "run"
@@ -73,6 +75,7 @@ def test_two_processes_sample_and_measure_as_one(alone, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_one_process_of_two_is_told_to_stop_or_dies(tmp_path, sent):
     """Told to, both save and stop at one step; if one dies, the other ends by itself. One process alone goes on."""
@@ -92,6 +95,7 @@ def test_one_process_of_two_is_told_to_stop_or_dies(tmp_path, sent):
     assert f"finished at step {last + 4}" in said
 
 
+@pytest.mark.slow
 def test_killed_training_is_bit_for_bit_the_undisturbed(alone, tmp_path):
     """`kill -9` at two random moments, then to the end."""
     workdir, log = tmp_path / "run", tmp_path / "log"

@@ -17,8 +17,7 @@ import pytest
 from score_sde.errors import UserError
 from score_sde.metrics import features, inception
 from tests import reference
-from tests.programs import ROOT, ok
-from tests.test_metrics import program
+from tests.programs import ROOT, ok, program
 
 GROUP = "I_inception"
 CROSSED = {"tf_s127": ("tf1", 127.5), "pf_s128": ("half_pixel", 128.0)}
@@ -296,10 +295,10 @@ def test_unknown_inception_weights_in_the_program(tmp_path):
     (tmp_path / "weights.pth").write_bytes(torch_sequence(random_state()))
     common = [f"--config={ROOT}/configs/digits.py", "--config.data.dataset=noise.npz", "--samples=theirs.npz"]
     weights = ["--inception_weights=weights.pth", "--inception_mode=pf"]
-    refused = program(tmp_path, "evaluate.py", *common, *weights)
+    refused = program("evaluate", *common, *weights, folder=tmp_path)
     assert refused.returncode == 2
     assert "not the standard FID network" in refused.stderr
-    out = ok(program(tmp_path, "evaluate.py", *common, *weights, "--any_inception_weights"))
+    out = ok(program("evaluate", *common, *weights, "--any_inception_weights", folder=tmp_path))
     sha256 = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     name = f"FD-inception-{sha256[:8]} (pf)"
     assert f"| {name} | floor: 4 test images |" in out

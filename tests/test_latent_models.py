@@ -28,7 +28,6 @@ from tests import reference
 from tests.latent import TINY, compared, figures_of, nchw, needs_tiny, tree_in
 
 pytestmark = needs_tiny
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FOLDER = TINY.parent
 KINDS = (TINY, FOLDER / "sd_tiny.safetensors", FOLDER / "sd_tiny.ckpt")
 
@@ -85,19 +84,19 @@ def test_from_prompts_to_images(path, x64):
     network = lambda y: lambda x, label: model.unet.network.apply({"params": parts["unet"]}, x, label, y)
     noise_of = lambda y: noise_fn(network(y), sde, output=model.output, label="node")
     x, t = jnp.asarray(reference.nhwc(stored["xT"]), jnp.float64), jnp.asarray(0.43825)
-    run = lambda noise: nchw(quick_jit(noise)(x, t))
+    run = lambda noise: nchw(jax.jit(noise)(x, t))
     compared(run(noise_of(context)), stored["eps_cond_f64"], 1e-12, "conditional")
     compared(run(noise_of(null)), stored["eps_uncond_f64"], 1e-12, "unconditional")
     compared(run(classifier_free(noise_of, context, null[0], 7.5)), stored["eps_guided_f64"], 1e-11, "guided")
 
     both = model.autoencoder.network, parts["autoencoder"], model.scale
     images = jnp.asarray(reference.nhwc(stored["enc_image"]), jnp.float64)
-    decoded = lambda **options: quick_jit(latents.decoder(*both, **options))(
+    decoded = lambda **options: jax.jit(latents.decoder(*both, **options))(
         jnp.asarray(reference.nhwc(stored["dpm_solver_v3_5_f64"]))
     )
     compared(nchw(decoded()), stored["image_raw_f64"], 1e-12, "images")
     assert jnp.abs(decoded(at_once=2) - decoded()).max() < 1e-12
-    mode = quick_jit(jax.vmap(functools.partial(latents.encoder(*both), None)))(images)
+    mode = jax.jit(jax.vmap(functools.partial(latents.encoder(*both), None)))(images)
     compared(nchw(mode), stored["enc_scaled_mode_f64"], 1e-12, "encoded")
 
 

@@ -44,14 +44,6 @@ PROMPTS = prompts.Prompts(["a cat", "the sea", "a dog"], "sea")
 GUIDED = Guidance(2.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    """Compile without optimizing: what is computed here is small."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A run folder of a small model of prompts, opened, not told any."""

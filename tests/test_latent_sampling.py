@@ -21,7 +21,6 @@ from tests import reference
 from tests.latent import TINY, compared, figures_of, nchw, needs_tiny, synthetic, tree_in
 from tests.mixture import Mixture
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 NAMES = {"dpm_solver++": "dpmpp", "uni_pc": "unipc", "dpm_solver_v3": "dpmv3", "ddim": "ddim"}
 CORRECTORS = {"": "off", "_corrector": "on", "_corrector_half": "half"}  # behind "_use"
 
@@ -63,7 +62,7 @@ def check(name: str, noise, sde: DiscreteVP, order: int, tolerance: float) -> di
     """Compares every run of a case; our samples by run."""
     stored = figures_of("L_sampling", name)
     x, samples = jnp.asarray(reference.nhwc(stored["xT"]), jnp.float64), {}
-    solve = quick_jit(functools.partial(tableau.solve, noise))
+    solve = jax.jit(functools.partial(tableau.solve, noise))
     for run in runs(name):
         solver = of_run(run, stored, sde, order)
         samples[run] = solve(solver, x)
@@ -118,7 +117,7 @@ def test_the_corrector_of_half_the_time(case, x64):
     free, conditional = noise_of(None), noise_of(np.array([4.0, 0.0, 0.0]))
     noise = lambda x, t: free(x, t) + 2.0 * (conditional(x, t) - free(x, t))
     x = jnp.asarray(reference.nhwc(reference.arrays("E_v3_cfg")["x_T"]), jnp.float64)
-    ours = quick_jit(functools.partial(tableau.solve, noise))(solver, x)
+    ours = jax.jit(functools.partial(tableau.solve, noise))(solver, x)
     compared(nchw(ours), reference.arrays("E_extra")[f"{case}/x0_f64"], 1e-9, case)
 
 

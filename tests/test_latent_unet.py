@@ -1,7 +1,5 @@
 """The U-Nets of latent diffusion and Stable Diffusion: equal to the published ones, from both of their namings."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from score_sde.models import published_latents as published
 from tests import reference
 from tests.latent import compared, figures_of, nchw, renamed, state_of, tree_in
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CASES = reference.cases("L_unet")
 BOTH = [name for name, case in CASES.items() if "diffusers" in case]
 
@@ -26,7 +23,7 @@ def ran(name: str, dtype: str) -> list:
     network = published.of_compvis(CASES[name]["constructor"], dtype=dtype)
     params = tree_in(jnp.dtype(dtype), published.from_published(state_of("L_unet", name), network, order_of(name)))
     stored = figures_of("L_unet", name)
-    run, outputs = quick_jit(network.apply), []
+    run, outputs = jax.jit(network.apply), []
     for q in (0, 1):
         x, label = (jnp.asarray(array, dtype) for array in (reference.nhwc(stored[f"x{q}"]), stored[f"t{q}"]))
         y = stored.get(f"context{q}", stored.get(f"y{q}"))

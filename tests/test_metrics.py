@@ -1,9 +1,6 @@
 """Distances of features against torch-fidelity, pytorch-fid and closed forms; feature networks; statistics files."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +14,7 @@ from score_sde import checkpoint, sources, training
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features, resnet
 from tests import reference
-from tests.programs import ROOT, ok
+from tests.programs import ROOT, ok, program
 
 GROUP = "I_metrics"
 
@@ -322,22 +319,13 @@ def test_statistics_files(tmp_path):
 # -- Programs --
 
 
-def program(folder, name: str, *arguments):
-    """Run `python name ...` of this checkout in another folder, where it leaves its files."""
-    command = [sys.executable, *(("-m", name) if "." in name and not name.endswith(".py") else (ROOT / name,))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def run_and_network(tmp_path_factory):
     """A folder with an untrained run of the digits and a feature network trained on them for one epoch."""
     folder = tmp_path_factory.mktemp("quality")
     trained = program(
-        folder, "tools.train_features", "--dataset=digits", "--name=digits", "--image_size=8", "--num_channels=1",
-        "--epochs=1", "--folder=."
+        "metrics", "--dataset=digits", "--name=digits", "--image_size=8", "--num_channels=1",
+        "--epochs=1", "--folder=.", folder=folder
     )  # fmt: skip
     assert "test accuracy" in ok(trained)
     config = digits.get_config()
@@ -352,14 +340,15 @@ def run_and_network(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_samples_of_a_run(run_and_network):
     """Sample, measure, report; more samples reuse the finished batches."""
     folder = run_and_network
     arguments = ["--workdir=run", "--metrics=fid", "--network=resnet20_digits.npz", "--solver=ddim", "--steps=2"]
     kept = lambda: {path: path.stat().st_mtime_ns for path in (folder / "run/eval").glob("step0-ddim-2-*/*.npz")}
-    for n in (70, 130):
+    for n, devices in ((70, 2), (130, 1)):
         before = kept()
-        out = ok(program(folder, "evaluate.py", *arguments, f"--num_samples={n}"))
+        out = ok(program("evaluate", *arguments, f"--num_samples={n}", devices=devices, folder=folder))
         *_, report = json.loads((folder / "run/eval/report.json").read_text())["fid"]
         assert "FD-resnet20-digits" in out
         assert report["weights_sha256"][:8] in out
@@ -373,7 +362,7 @@ def test_samples_of_a_run(run_and_network):
     # several solvers and numbers of evaluations in one call: a row each, and a table of all
     arguments[-2:] = ["--solver=ddim,dpmpp", "--steps=2,3"]
     before = kept()
-    ok(program(folder, "evaluate.py", *arguments, "--num_samples=70"))
+    ok(program("evaluate", *arguments, "--num_samples=70", folder=folder))
     assert kept() == before
     rows = json.loads((folder / "run/eval/report.json").read_text())["fid"]
     ways = [(solver, steps) for solver in ("ddim", "dpmpp") for steps in (2, 3)]
@@ -381,6 +370,7 @@ def test_samples_of_a_run(run_and_network):
     assert "| evaluations | 2 | 3 |" in (folder / "run/eval/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_images_of_others(run_and_network):
     """A folder that holds the test images is as far from the data as the floor says; a mistake is one line."""
     folder = run_and_network
@@ -389,10 +379,10 @@ def test_images_of_others(run_and_network):
     for i, image in enumerate(images.take(np.arange(images.size))["image"]):
         Image.fromarray(image[..., 0]).save(folder / "theirs" / f"{i:03d}.png")
     arguments = [f"--config={ROOT}/configs/digits.py", "--samples=theirs", "--network=resnet20_digits.npz"]
-    ok(program(folder, "evaluate.py", *arguments))
+    ok(program("evaluate", *arguments, folder=folder))
     report = json.loads((folder / "runs/evaluated/theirs-FD-resnet20-digits.json").read_text())
     np.testing.assert_allclose(report["frechet"], report["floor"], rtol=1e-6)
     np.savez(folder / "statistics.npz", mu=np.zeros(2048))
-    result = program(folder, "evaluate.py", *arguments, "--reference=statistics.npz")
+    result = program("evaluate", *arguments, "--reference=statistics.npz", folder=folder)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: statistics.npz is no file of statistics")

@@ -18,9 +18,6 @@ from score_sde.models.resample import depth_to_space, downsample_2d, smooth_2d, 
 from score_sde.sde import EDM, VE
 from tests import reference
 
-# For small networks compilation is all the time there is, and this makes it 2.6 times shorter.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 KINDS = ("ncsnpp",)
 ALWAYS = (
     "vp_ddpmpp",
@@ -105,10 +102,10 @@ def case(group: str, name: str):
     return build(meta["config"]), state, reference.nhwc(reference.arrays(group)[f"{name}/x"])
 
 
-def check_outputs(group: str, name: str, jit=jax.jit) -> None:
+def check_outputs(group: str, name: str) -> None:
     network, state, x = case(group, name)
     params = from_torch(state, network, x.shape[1:])
-    apply = jit(official(reference.cases(group)[name]["config"], network))
+    apply = jax.jit(official(reference.cases(group)[name]["config"], network))
     for q in (0, 1):
         label = reference.arrays(group)[f"{name}/labels{q}"].astype(np.float32)
         expected = reference.nhwc(reference.arrays(group)[f"{name}/out{q}"])
@@ -124,7 +121,7 @@ def check_outputs(group: str, name: str, jit=jax.jit) -> None:
 
 @pytest.mark.parametrize("name", select("A_reduced"))
 def test_small_network_equals_published(name):
-    check_outputs("A_reduced", name, quick_jit)
+    check_outputs("A_reduced", name)
 
 
 @pytest.mark.parametrize("name", select("A_cifar10"))
@@ -181,7 +178,7 @@ def tiny(shape=(2, 8, 8, 3), **options):
 
 
 def run(network, *arguments, **keywords):
-    return quick_jit(network.apply)(*arguments, **keywords)
+    return jax.jit(network.apply)(*arguments, **keywords)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 8, 16, 1), (3, 4, 4, 4)])
@@ -213,7 +210,7 @@ def test_patches_enter_and_leave_in_place():
 def test_published_initialization():
     """Zero init_scale: the output is almost zero. Kernels are uniform within sqrt(3 scale / fan_avg), biases zero."""
     network, _, x, label = tiny(embedding_type="fourier", nf=16)
-    params = quick_jit(network.init)(jax.random.key(0), x, label)
+    params = jax.jit(network.init)(jax.random.key(0), x, label)
     assert 0 < np.abs(run(network, params, x, label)).max() < 1e-3
     for path, leaf in traverse_util.flatten_dict(params["params"]).items():
         assert leaf.dtype == jnp.float32
@@ -233,14 +230,14 @@ def test_published_initialization():
 
 def test_fourier_frequencies_get_no_gradient():
     network, params, x, label = tiny(embedding_type="fourier")
-    gradient = quick_jit(jax.grad(lambda p: network.apply(p, x, label).sum()))(params)["params"]
+    gradient = jax.jit(jax.grad(lambda p: network.apply(p, x, label).sum()))(params)["params"]
     assert not gradient["GaussianFourierProjection_0"]["W"].any()
     assert gradient["Dense_0"]["kernel"].any()
 
 
 def test_dropout_only_in_training():
     network, params, x, label = tiny(dropout=0.5)
-    apply = quick_jit(lambda keys: network.apply(params, x, label, dropout_keys=keys))
+    apply = jax.jit(lambda keys: network.apply(params, x, label, dropout_keys=keys))
     outs = [apply(jax.random.split(jax.random.key(seed), len(x))) for seed in (0, 0, 1)]
     assert np.array_equal(outs[0], outs[1])
     assert np.abs(outs[0] - outs[2]).max() > 1e-3
@@ -268,7 +265,7 @@ def test_dropout_has_its_rate_and_masks_are_independent(rate, shape):
 def test_classes():
     """Each class has its own output, and no y means class `num_classes`."""
     network, params, x, label = tiny(num_classes=3)
-    apply = quick_jit(lambda y: network.apply(params, x, label, y))
+    apply = jax.jit(lambda y: network.apply(params, x, label, y))
     outs = [apply(jnp.full(2, y)) for y in range(4)]
     assert all(np.abs(outs[0] - out).max() > 1e-3 for out in outs[1:])
     np.testing.assert_allclose(run(network, params, x, label), outs[3], atol=1e-6)
@@ -298,7 +295,7 @@ def test_remat_changes_nothing(resblock_type):
         return jnp.square(net.apply(p, x, label, dropout_keys=jax.random.split(jax.random.key(7), len(x)))).sum()
 
     values, lean_values = (
-        quick_jit(jax.value_and_grad(lambda p, net=net: loss(net, p)))(params) for net in (network, lean)
+        jax.jit(jax.value_and_grad(lambda p, net=net: loss(net, p)))(params) for net in (network, lean)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), values, lean_values)
 
@@ -306,7 +303,7 @@ def test_remat_changes_nothing(resblock_type):
 def test_examples_are_independent():
     """vmap over single examples, as the losses and the EMS estimate use it, equals the batch."""
     network, params, x, label = tiny(fir=True, progressive_input="residual")
-    single = quick_jit(jax.vmap(lambda x, label: network.apply(params, x[None], label[None])[0]))(x, label)
+    single = jax.jit(jax.vmap(lambda x, label: network.apply(params, x[None], label[None])[0]))(x, label)
     np.testing.assert_allclose(single, run(network, params, x, label), rtol=1e-5, atol=1e-5)
 
 
@@ -327,10 +324,10 @@ def test_derivatives_are_those_of_the_function(x64):
         direction = (jnp.asarray(reference.normal("tiny/dx", x.shape), jnp.float64), jnp.ones_like(label))
         cotangent = jnp.asarray(reference.normal("tiny/cotangent", x.shape), jnp.float64)
 
-        tangent = quick_jit(lambda *point: jax.jvp(function, point, direction)[1])(x, label)
-        pulled = quick_jit(lambda *point: jax.vjp(function, *point)[1](cotangent))(x, label)
+        tangent = jax.jit(lambda *point: jax.jvp(function, point, direction)[1])(x, label)
+        pulled = jax.jit(lambda *point: jax.vjp(function, *point)[1](cotangent))(x, label)
         step = 1e-5
-        moved = quick_jit(lambda s, *point: function(*(a + s * d for a, d in zip(point, direction, strict=True))))
+        moved = jax.jit(lambda s, *point: function(*(a + s * d for a, d in zip(point, direction, strict=True))))
         ahead, behind = moved(step, x, label), moved(-step, x, label)
         assert tangent.dtype == jnp.float64
         np.testing.assert_allclose(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)

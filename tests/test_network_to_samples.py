@@ -13,11 +13,12 @@ from score_sde import denoiser
 from score_sde import sde as sde_lib
 from score_sde.models.published import from_torch
 from score_sde.sde import per_image
-from solvers import dpm_solver_v3, predictor_corrector, tableau
+from solvers import predictor_corrector
 from tests import reference
+from tests.optimized import optimized_jit
 from tests.test_models import build, case
 from tests.test_predictor_corrector import options_of, sde_of
-from tests.test_solvers import worst
+from tests.test_solvers import end_points, published_v3, worst
 
 SDE = sde_lib.VP()
 
@@ -42,12 +43,13 @@ def tame_noise():
     return noise
 
 
+@pytest.mark.slow
 def test_published_statistics_of_a_network(x64):
     stored = reference.arrays("E_ems_net")
     nodes = estimate.nodes_at(SDE, stored["ems/timesteps_f64"], stored["ems/lambdas_f64"])
     shape = (16, 3, 16, 16)
     x0 = reference.nhwc(np.tanh(reference.normal("E/net/x0/0", shape))).astype(np.float64)
-    run, rows = jax.jit(functools.partial(estimate.batch_moments, tame_noise())), []
+    run, rows = optimized_jit(functools.partial(estimate.batch_moments, tame_noise())), []
     for j in range(len(nodes.t)):
         v = reference.nhwc(reference.rng(f"E/net/v/{j}/0").integers(0, 2, size=shape) * 2.0 - 1)
         zl, zf = (reference.nhwc(reference.normal(f"E/net/{z}/{j}/0", shape)).astype(np.float64) for z in ("zl", "zf"))
@@ -61,6 +63,7 @@ def test_published_statistics_of_a_network(x64):
         np.testing.assert_allclose(getattr(ems, key), theirs, atol=1e-6 * np.abs(theirs).max(), err_msg=key)
 
 
+@pytest.mark.slow
 def test_published_few_step_samples_of_a_network(x64):
     """DPM-Solver-v3 with the network's published statistics, in float64."""
     ems_file, v3 = (reference.arrays(name) for name in ("E_ems_net", "E_v3_net"))
@@ -68,21 +71,11 @@ def test_published_few_step_samples_of_a_network(x64):
         *(ems_file[f"ems/{key}_f64"] for key in "lsb"), SDE, t_start=1.0, t_end=1e-3, origin={}
     )
     ems = ems._replace(t=ems_file["ems/timesteps_f64"], lam=ems_file["ems/lambdas_f64"])
-    noise = tame_noise()
-    run = jax.jit(functools.partial(tableau.solve, noise))
     x = jnp.asarray(reference.nhwc(v3["x_T"]), jnp.float64)
-    for i, row in enumerate(reference.rows("E_v3_net")):
-        options = dict(
-            order=row["order"],
-            pseudo=row["p_pseudo"],
-            corrector="on" if row["use_corrector"] else "off",
-            corrector_pseudo=row["c_pseudo"],
-            lower_order_final=row["lower_order_final"],
-            degenerate=row["degenerated"],
-            indices=v3["indexes_f64"][i][: row["steps"] + 1],
-        )
-        table = tableau.uniform(dpm_solver_v3.dpm_solver_v3(SDE, row["steps"], ems=ems, **options), 4, x.shape[1:])
-        assert worst(run(table, x), reference.nhwc(v3["x0_f64"][i])) < 1e-9, row
+    rows = zip(reference.rows("E_v3_net"), v3["indexes_f64"], strict=True)
+    tables = [published_v3(SDE, ems, row, indices) for row, indices in rows]
+    for ours, theirs in zip(end_points(tame_noise(), tables, x), reference.nhwc(v3["x0_f64"]), strict=True):
+        assert worst(ours, theirs) < 1e-9
 
 
 @pytest.mark.parametrize("name", [c for c in reference.cases("D_pc") if c.startswith("net_")])

@@ -1,10 +1,8 @@
 """A packed model draws what its run would with rounded parameters, and is taken where there is no run, without data."""
 
 import json
-import os
+import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,22 +13,15 @@ from ems import statistics
 from experiments import build, packed, runs
 from score_sde import checkpoint, training
 from score_sde.errors import UserError
-from tests.programs import ROOT, ok
-
-# a program whose box is in the folder where it runs
-PROGRAM = (
-    "import pathlib, runpy, sys; from experiments import runs; runs.PRETRAINED = pathlib.Path('pretrained');"
-    "runpy.run_module(sys.argv[1], run_name='__main__', alter_sys=True)"
-)
+from tests.programs import ok, program
 
 
-def program(folder, name: str, *arguments):
-    code = PROGRAM.replace("sys.argv[1]", f"{name!r}")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+@pytest.fixture(scope="module", autouse=True)
+def box_here():
+    """The box is in the folder where a program runs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "PRETRAINED", pathlib.Path("pretrained"))
+        yield
 
 
 def write_run(workdir, dataset, change=lambda params: params) -> dict:
@@ -64,12 +55,12 @@ def box(tmp_path_factory):
     write_run(folder / "elsewhere", folder / "garments.npz")
     history = runs.history(runs.open_model(str(folder / "elsewhere")))
     (folder / "elsewhere" / runs.START).write_text(json.dumps(history))
-    pack = ["tools.pack", "--workdir=elsewhere", "--name=fashion_mnist"]
-    missing = ok(program(folder, *pack))
+    pack = ["pack", "--workdir=elsewhere", "--name=fashion_mnist"]
+    missing = ok(program(*pack, folder=folder))
     assert "python -m ems --workdir=pretrained/fashion_mnist" in missing
     first = (folder / "pretrained/fashion_mnist/ema.npz").read_bytes()
-    ok(program(folder, "ems", "--workdir=pretrained/fashion_mnist", f"--dataset_at={folder}/garments.npz"))
-    assert "-m ems" not in ok(program(folder, *pack))
+    ok(program("ems", "--workdir=pretrained/fashion_mnist", f"--dataset_at={folder}/garments.npz", folder=folder))
+    assert "-m ems" not in ok(program(*pack, folder=folder))
     assert (folder / "pretrained/fashion_mnist/ema.npz").read_bytes() == first
     (folder / "measured.npz").write_bytes(
         next((folder / "runs/pretrained/fashion_mnist/ems").glob("*.npz")).read_bytes()
@@ -122,7 +113,7 @@ def samples(path) -> np.ndarray:
 def test_drawn_without_runs_and_data(box, tmp_path):
     """Without --workdir: the packed model, said in one line; to the bit what a run of the rounded parameters draws."""
     shutil.copytree(box / "pretrained", tmp_path / "pretrained")
-    out = ok(program(tmp_path, "sample", "--solver=dpmv3", "--steps=5"))
+    out = ok(program("sample", "--solver=dpmv3", "--steps=5", folder=tmp_path))
     (line,) = [line for line in out.splitlines() if line.startswith("model: ")]
     for word in ("pretrained/fashion_mnist at step 5", "for the box", "garments", "M parameters", "card.md"):
         assert word in line
@@ -135,7 +126,7 @@ def test_drawn_without_runs_and_data(box, tmp_path):
 
     write_run(tmp_path / "runs/newer", "digits", packed.rounded)
     ems = f"--ems={tmp_path / 'pretrained/fashion_mnist/ems.npz'}"
-    out = ok(program(tmp_path, "sample", "--solver=dpmv3", "--steps=5", ems))  # a run goes first
+    out = ok(program("sample", "--solver=dpmv3", "--steps=5", ems, folder=tmp_path))  # a run goes first
     assert "model: runs/newer at step 5" in out
     assert "box" not in out
     np.testing.assert_array_equal(samples(tmp_path / "runs/newer/samples/step5-dpmv3-5-seed0"), drawn)
@@ -148,7 +139,7 @@ def test_packed_again_without_its_run(box, tmp_path):
     model = runs.open_model(str(folder))
     packed.save(folder, model.params, dict(step=model.step, run="older"))  # nothing of its training, as once
     parameters = (folder / "ema.npz").read_bytes()
-    repack = ["tools.pack", "--workdir=pretrained/fashion_mnist"]
+    repack = ["pack", "--workdir=pretrained/fashion_mnist"]
     results.mkdir(parents=True)
     made = dict(seed=0, seconds=1.0, command="evaluate.py", versions={})
     measured = dict(
@@ -158,7 +149,7 @@ def test_packed_again_without_its_run(box, tmp_path):
     for metric, identity in (("loss", model.identity), ("encoding", model.identity), ("encoding", "another")):
         report = dict(model=dict(workdir="x", step=model.step, identity=identity)) | {metric: measured[metric]}
         (results / "report.json").write_text(json.dumps(report))
-        out = ok(program(tmp_path, *repack))
+        out = ok(program(*repack, folder=tmp_path))
     assert "--metrics=bpd" in out
     assert "--metrics=loss" not in out
     card = (folder / "card.md").read_text()
@@ -166,7 +157,7 @@ def test_packed_again_without_its_run(box, tmp_path):
     assert "RMS error 5.0e-01" in card
     assert f"| identity | {model.identity}; of the run, in single precision, older |" in card
     assert (folder / "ema.npz").read_bytes() == parameters
-    refused = program(tmp_path, *repack, "--name=other")
+    refused = program(*repack, "--name=other", folder=tmp_path)
     assert refused.returncode == 2
     assert "packed already" in refused.stderr
 
@@ -198,6 +189,6 @@ def test_mistakes(box, tmp_path):
         with pytest.raises(UserError, match="is no history of a model"):
             runs.read_start(tmp_path / "start.json")
     (tmp_path / "empty").mkdir()
-    refused = program(tmp_path / "empty", "sample", "--solver=ddim")
+    refused = program("sample", "--solver=ddim", folder=tmp_path / "empty")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: no run in runs/")

@@ -1,8 +1,6 @@
 """The probability-flow ODE and its likelihood: the published figures, exact densities, one evaluation for both."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -18,10 +16,9 @@ from score_sde.space import pixels
 from solvers import probability_flow as ode
 from tests import reference
 from tests.mixture import Mixture
-from tests.programs import TINY, ok, program
+from tests.programs import ROOT, TINY, environment, ok, program
 from tests.test_predictor_corrector import sde_of
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIGHT = dict(rtol=1e-5, atol=1e-5)
 LOOSE = dict(rtol=1e-3, atol=1e-3)
 CASES = reference.cases("D_ode_likelihood")
@@ -242,10 +239,10 @@ assert list(np.isfinite(x).all((1, 2, 3))) == [True] * 3 + [False] * 3
 
 
 def test_two_devices_equal_one_and_stop_together():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", DEVICES], env=environment, check=True, cwd=ROOT, timeout=200)
+    subprocess.run([sys.executable, "-c", DEVICES], env=environment(2), check=True, cwd=ROOT, timeout=200)
 
 
+@pytest.mark.slow
 def test_the_programs(tmp_path):
     """Samples colder than the prior, images between images, bits/dim and encoding; on two devices; and a refusal."""
     tolerances = [f"--config.eval.likelihood.{name}=1e-3" for name in ("rtol", "atol")]

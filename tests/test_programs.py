@@ -5,8 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,7 +13,9 @@ import pytest
 from ems import statistics
 from score_sde import checkpoint
 from tests import reference
-from tests.programs import ROOT, TINY, ok, program
+from tests.programs import TINY, finished, ok, process, program
+
+pytestmark = pytest.mark.slow  # the mistakes of test_bad_inputs.py are quick
 
 
 def leaves(workdir, step: int) -> dict:
@@ -85,7 +85,7 @@ def test_a_run_that_starts_from_another(run, tmp_path):
 
 def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
     workdir = tmp_path / "stopped"
-    started = program("train", *TINY, "--config.training.n_iters=1000000", f"--workdir={workdir}", wait=False)
+    started = process("train", *TINY, "--config.training.n_iters=1000000", f"--workdir={workdir}")
     deadline = time.monotonic() + 200
     while not (workdir / "checkpoints" / "4").is_dir():
         assert time.monotonic() < deadline
@@ -128,8 +128,7 @@ def test_other_solvers_and_the_sampler(run):
 
 def test_search(run):
     """What it finds on its own noises is no worse than the named grids; sample.py takes it, another model does not."""
-    command = [sys.executable, "-m", "tools.search", f"--workdir={run}", "--steps=4", "--noises=4", "--solver=deis"]
-    ok(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300))
+    ok(program("search", f"--workdir={run}", "--steps=4", "--noises=4", "--solver=deis"))
     path = run / "solvers" / "step8-deis-4.json"
     found = json.loads(path.read_text())
     assert len(found["options"]["grid"]) == 5
@@ -179,13 +178,11 @@ def test_ems_and_evaluation(run):
     [
         ("train", [*TINY, "--config.sde.name=vpp"], "subvp"),
         ("ems", ["--num_data=4", "--batch_size=8"], "smaller batch"),
-        ("sample", ["--solver=euler"], "dpmv3"),
-        ("evaluate", ["--metrics=fid50k"], "convergence"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(name, arguments, word, run):
     """As a process of its own sees it; test_bad_inputs.py has every mistake."""
-    result = program(name, *arguments, f"--workdir={run}")
+    result = finished(process(name, *arguments, f"--workdir={run}"))
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert word in result.stderr
@@ -216,8 +213,7 @@ SMALL_VE = [  # the network of the published implementations' example checkpoint
 
 
 def imported(file, workdir, *more):
-    command = [sys.executable, "-m", "tools.import_checkpoint", str(file), *SMALL_VE, f"--workdir={workdir}", *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return program("importers", file, *SMALL_VE, f"--workdir={workdir}", *more)
 
 
 def test_published_checkpoints_become_runs(tmp_path):
@@ -229,8 +225,7 @@ def test_published_checkpoints_become_runs(tmp_path):
     equal(leaves(tmp_path / "torch", 7), leaves(tmp_path / "flax", 7))
     out = ok(program("sample", f"--workdir={tmp_path / 'flax'}", "--solver=dpmpp", "--steps=3", "--num_samples=2"))
     assert "step7-dpmpp-3" in out
-    command = [sys.executable, "-m", "tools.import_checkpoint", f"--workdir={tmp_path / 'torch'}"]
-    subprocess.run([*command, f"--export={tmp_path / 'weights.npz'}"], cwd=ROOT, check=True, capture_output=True)
+    ok(program("importers", f"--workdir={tmp_path / 'torch'}", f"--export={tmp_path / 'weights.npz'}"))
     with np.load(tmp_path / "weights.npz") as exported, np.load(reference.file("ckpt/expected.npz")) as expected:
         for name in exported.files:
             stored = f"ema/{name}" if f"ema/{name}" in expected.files else f"model/{name}"  # Fourier W: no average

@@ -1,10 +1,7 @@
 """Reports add up over calls and are the same to read as to compute with; scalars come back from event files."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +12,7 @@ from configs import digits
 from experiments import build, events, report, runs
 from score_sde import checkpoint, training
 from score_sde.errors import UserError
-from tests.programs import ROOT, ok
+from tests.programs import ok, program
 
 MADE = dict(seed=0, seconds=1.0, command="evaluate.py", versions=dict(jax="0"))
 
@@ -156,12 +153,6 @@ def test_table_of_checkpoints():
 # -- The program --
 
 
-def evaluate(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_a_guided_model_has_rows_of_its_own():
     """What bends the model tells rows apart, and stands beside the solver; a row of an older report is not guided."""
     whole = dict(model=dict(workdir="run", step=1, identity="a"), fid=[quality()])
@@ -194,10 +185,10 @@ def test_reports_of_a_run(tmp_path):
     other = {"model": dict(workdir="run", step=7, identity="another")}
     (workdir / "eval").mkdir()
     (workdir / "eval/report.json").write_text(json.dumps(other))
-    out = ok(evaluate(tmp_path, "--workdir=run", "--metrics=loss"))
+    out = ok(program("evaluate", "--workdir=run", "--metrics=loss", folder=tmp_path))
     assert "the report of step 7 is now in run/eval/step7" in out
     assert json.loads((workdir / "eval/step7/report.json").read_text()) == other
-    ok(evaluate(tmp_path, "--workdir=run", "--metrics=samples", "--solver=ddim", "--steps=2"))
+    ok(program("evaluate", "--workdir=run", "--metrics=samples", "--solver=ddim", "--steps=2", folder=tmp_path))
     both = json.loads((workdir / "eval/report.json").read_text())
     assert both.keys() == {"model", "loss", "samples"}
     assert f"Test loss {both['loss']['mean']:.5f}" in out
@@ -209,13 +200,13 @@ def test_reports_of_a_run(tmp_path):
     assert "![samples](samples.png)" in text
     assert (workdir / "eval/samples.png").stat().st_size > 0
 
-    out = ok(evaluate(tmp_path, "--workdir=run", "--metrics=loss", "--checkpoint=all"))
+    out = ok(program("evaluate", "--workdir=run", "--metrics=loss", "--checkpoint=all", folder=tmp_path))
     losses = [json.loads((workdir / f"eval/step{k}/report.json").read_text())["loss"]["mean"] for k in (1, 2)]
     assert losses[1] == both["loss"]["mean"] != losses[0]
     table = (workdir / "eval/checkpoints.md").read_text()
     for step, loss in zip((1, 2), losses, strict=True):
         assert f"| {step} | {loss:.5f}" in table
         assert f"| {step} | {loss:.5f}" in out
-    refused = evaluate(tmp_path, "--workdir=run", "--checkpoint=last")
+    refused = program("evaluate", "--workdir=run", "--checkpoint=last", folder=tmp_path)
     assert refused.returncode == 2
     assert "expected a step, or all" in refused.stderr

@@ -14,6 +14,7 @@ from score_sde.errors import UserError
 from solvers import dpm_solver, dpm_solver_v3, grids, tableau
 from tests import reference
 from tests.mixture import Mixture
+from tests.optimized import optimized_jit
 
 SCHEDULES = {
     "vp": (sde_lib.VP(), 1.0, 1e-3),
@@ -52,21 +53,29 @@ def worst(ours, theirs):
     return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
 
 
-def padded(table, n: int):
-    """The same solver with evaluations appended, up to n, whose rows leave x as it is."""
-    more = n - len(table.t)
-    table = jax.tree.map(lambda rows: np.concatenate([rows, np.repeat(rows[-1:], more, axis=0)]), table)
-    table.correct[n - more :], table.predict[n - more :] = 0.0, 0.0
-    table.correct[n - more :, 1], table.predict[n - more :, 0] = 1.0, 1.0
-    return table
-
-
 def end_points(noise, tables, x):
     """What each tableau makes of x (B, H, W, C), by one compilation."""
     length, history = max(len(table.t) for table in tables), max(table.history for table in tables)
     shape = np.broadcast_shapes(*(table.l.shape[1:] for table in tables))
-    run = jax.jit(functools.partial(tableau.solve, noise))
-    return [run(tableau.uniform(padded(table, length), history, shape), x) for table in tables]
+    run = optimized_jit(functools.partial(tableau.solve, noise))
+    alike = [tableau.lengthened(tableau.uniform(table, history, shape), length) for table in tables]
+    return [run(table, x, evaluations=np.int32(len(own.t))) for table, own in zip(alike, tables, strict=True)]
+
+
+def published_v3(sde, ems, row: dict, indices) -> tableau.Tableau:
+    """DPM-Solver-v3 as a row of a published table says."""
+    return dpm_solver_v3.dpm_solver_v3(
+        sde,
+        row["steps"],
+        ems=ems,
+        order=row["order"],
+        pseudo=row["p_pseudo"],
+        corrector="on" if row["use_corrector"] else "off",
+        corrector_pseudo=row["c_pseudo"],
+        lower_order_final=row["lower_order_final"],
+        degenerate=row["degenerated"],
+        indices=indices[: row["steps"] + 1],
+    )
 
 
 def run_v3_rows(name: str, dtype, noise) -> np.ndarray:
@@ -74,21 +83,8 @@ def run_v3_rows(name: str, dtype, noise) -> np.ndarray:
     sde, _, ems = problem(name)
     stored = reference.arrays(f"E_v3_{name}")
     x = jnp.asarray(reference.nhwc(stored["x_T"]), dtype)
-    tables = [
-        dpm_solver_v3.dpm_solver_v3(
-            sde,
-            row["steps"],
-            ems=ems,
-            order=row["order"],
-            pseudo=row["p_pseudo"],
-            corrector="on" if row["use_corrector"] else "off",
-            corrector_pseudo=row["c_pseudo"],
-            lower_order_final=row["lower_order_final"],
-            degenerate=row["degenerated"],
-            indices=indices[: row["steps"] + 1],
-        )
-        for row, indices in zip(reference.rows(f"E_v3_{name}"), stored["indexes_f64"], strict=True)
-    ]
+    rows = zip(reference.rows(f"E_v3_{name}"), stored["indexes_f64"], strict=True)
+    tables = [published_v3(sde, ems, row, indices) for row, indices in rows]
     theirs = reference.nhwc(stored["x0_f64"])
     return np.array([worst(ours, x0) for ours, x0 in zip(end_points(noise, tables, x), theirs, strict=True)])
 

@@ -1,7 +1,5 @@
 """The training step: published optimizer and EMA, the same on any number of devices, checkpoints that fit or refuse."""
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,6 +14,7 @@ from score_sde import checkpoint, parallel, training
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
 from tests import reference
+from tests.programs import ROOT, environment
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +22,6 @@ def promotion():
     """optax relies on dtype promotion."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("case", reference.cases("C_optim"))
@@ -277,8 +273,7 @@ for ours, theirs in zip(jax.tree.leaves(parallel.first(shared)), jax.tree.leaves
 
 def test_four_devices_equal_one():
     """The same global batch gives the same parameters, by plain SGD, which hides no factor as Adam would."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", DEVICES], env=environment, check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", DEVICES], env=environment(4), check=True, cwd=ROOT)
 
 
 def small_state(width: int = 3):
