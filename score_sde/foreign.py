@@ -738,7 +738,7 @@ def _is_npz(path: pathlib.Path) -> bool:
             names = archive.namelist()
     except zipfile.BadZipFile:
         return False
-    return bool(names) and all(name.endswith(".npy") for name in names)
+    return all(name.endswith(".npy") for name in names) and (bool(names) or path.suffix == ".npz")
 
 
 def _npz(path: pathlib.Path) -> Foreign:
@@ -747,6 +747,8 @@ def _npz(path: pathlib.Path) -> Foreign:
         arrays = files.load_npz(path)
     except ValueError as error:
         raise _Malformed(f"its archive is damaged ({_one_line(error)})") from None
+    if not arrays:
+        raise _Malformed("it holds no arrays")
     if any("/" in name for name in arrays):
         return _flax_tree(traverse_util.unflatten_dict(arrays, sep="/"))
     return _named_arrays(arrays)

@@ -173,6 +173,7 @@ def write_foreign(folder: pathlib.Path):
     folder.mkdir()
     (folder / "text.pth").write_text("hello")
     (folder / "empty.pth").write_bytes(b"")
+    np.savez(folder / "empty.npz")
     (folder / "evil.pth").write_bytes(b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R.")
     with zipfile.ZipFile(folder / "zip.pth", "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R.")
@@ -458,6 +459,7 @@ BAD = {
     "operator of no module": (SAMPLE + "--task=custom --solver=dpmpp --operator=no_such:thing", "no_such"),
     "operator without a function": (SAMPLE + "--task=custom --solver=dpmpp --operator=json", "json", "module:function"),
     "a model that guides itself": (SAMPLE + "--autoguidance=8 --guidance=2 --solver=dpmpp", "the model itself"),
+    "a step that is none": (SAMPLE + "--autoguidance=-5 --guidance=2 --solver=dpmpp", "-5", "step", "folder of a run"),
     "two guides": (SAMPLE + "--autoguidance=4 --classifier=runs/classifier --task=class", "--autoguidance", "leave"),
     "guidance that auto does not measure": (
         "sample --workdir=runs/by_class --solver=auto --guidance=2 --threshold=static", "leave out --threshold",
@@ -567,7 +569,8 @@ BAD = {
     "cut Flax checkpoint": (IMPORT + "foreign/cut_flax", "foreign/cut_flax", "msgpack"),
     "empty Flax checkpoint": (IMPORT + "foreign/flax", "foreign/flax"),
     "export nothing": ("importers --export=weights.npz --workdir=runs/none", "runs/none"),
-    "export onto a folder": ("importers --export=data --workdir=runs/tiny", "data", "directory"),
+    "export onto a folder": ("importers --export=data --workdir=runs/tiny", "data is a folder", "data/weights.npz"),
+    "checkpoint without arrays": (IMPORT + "foreign/empty.npz", "foreign/empty.npz", "no arrays"),
     # averages
     "average of no width": ("average --workdir=runs/tiny --out=runs/new", "--std"),
     "average to nowhere": ("average --workdir=runs/tiny --std=0.1", "--out"),

@@ -129,6 +129,7 @@ MISTAKES = {
     "image of another size": ([*INPAINT, "--image={runs}/large.png"], ["large.png is 9x8", "8x8"]),
     "image with colours": ([*INPAINT, "--image={runs}/colour.png"], ["3 colour channel(s)", "have 1"]),
     "no image": ([*INPAINT, "--image={runs}/no.png"], ["no such image", "no.png"]),
+    "folder for an image": ([*INPAINT, "--image={runs}"], ["is a folder", "one image file"]),
     "image that is none": ([*INPAINT, "--image={runs}/text.png"], ["text.png is not a readable image"]),
     "mask without task": ([MODEL, "--mask={runs}/mask.png"], ["--mask needs --task=inpaint"]),
     "gray model": ([MODEL, "--task=colorize"], ["gray"]),
