@@ -30,6 +30,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     # ------------------------------------------------------------------------------ what to train, and where
     began = time.monotonic()
     files.check_writable(workdir)
+    if config.model.get("low_res"):
+        raise UserError("a model that enlarges small images (model.low_res) is imported and sampled, not trained here")
     model, fields = build.trainable(config), config.training
     share_of_device = parallel.batch_per_device(fields.batch_size)
     if share_of_device % fields.accumulate:
