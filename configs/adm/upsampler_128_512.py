@@ -4,7 +4,7 @@
     python sample.py --workdir=runs/upsampler --base_samples=runs/base/samples/NAME/samples.npz --steps=20
 
 308.8 M parameters. Published: FID 3.85 at the end of a guided stack from 128x128 (ADM-G, ADM-U; Dhariwal & Nichol 2021,
-Table 5). Not run here.
+Table 6). Not run here.
 """
 
 from configs import base, models

@@ -4,7 +4,7 @@
     python sample.py --workdir=runs/upsampler --base_samples=runs/base/samples/NAME/samples.npz --steps=20
 
 311.8 M parameters. Published: FID 3.94 at the end of a guided stack from 64x64 (ADM-G, ADM-U; Dhariwal & Nichol 2021,
-Table 5). Not run here.
+Table 6). Not run here.
 """
 
 from configs import base, models
