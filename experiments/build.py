@@ -1,5 +1,6 @@
 """A config becomes objects; a mistake in it is named here, before any work."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -129,7 +130,8 @@ def sde_of(config: ConfigDict) -> SDE:
     """The SDE of a config, refused unless time runs from data to noise in it, in float32 too."""
     sde = construct(SDES, config.sde, "SDE")
     times = np.linspace(sde.t_min, sde.t_max, 64)
-    with np.errstate(all="ignore"):
+    falls = inverts = False
+    with np.errstate(all="ignore"), contextlib.suppress(ZeroDivisionError):  # of Python's own numbers
         lam = sde.lam(times)
         falls = np.isfinite(lam).all() and (np.diff(lam) < 0).all() and np.isfinite(sde.lam(np.float32(times))).all()
         inverts = np.allclose(sde.t_of_lam(lam), times, rtol=1e-4, atol=1e-6)

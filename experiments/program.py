@@ -108,6 +108,7 @@ class PathParser(flags.ArgumentParser):
     """Paths of this machine, `~` being the home folder; a cloud address is refused, or it would become a folder."""
 
     def parse(self, argument: str) -> str:
+        argument = argument.removeprefix("file://")
         if "://" in argument:
             raise UserError(
                 f"{argument} is an address in a cloud, which is neither read nor written here: mount it as a folder "

@@ -151,7 +151,10 @@ CASES = {
         "train/cat*10 train/dog*10 test/", {"train": 18, "test": 2}, "cat dog", ["test holds no images"],
     ),
     "a training split alone": ("train/cat*10 train/dog*10", {"train": 18, "test": 2}, "cat dog", []),
-    "a class called train": ("train*3 car*3 bus*3", {"all": 9}, "bus car train", []),
+    "a class called train": ("train*3 car*3 bus*3", {"all": 9}, "bus car train", ["train is taken for a class"]),
+    "a split beside another folder": (
+        "train/cat*3 train/dog*3 unlabeled*2", {"all": 8}, "train unlabeled", ["train is taken for a class, no split"],
+    ),
     "outside of the splits": (
         "train/cat*4 test/cat*2 masks*3 top.png", {"train": 4, "test": 2}, "cat", ["4 images outside"],
     ),
@@ -280,6 +283,8 @@ TABLES = {
     "paths in a folder beside": (
         "images/cat.png images/dog.png", {"metadata.csv": "file_name,label\nimages/cat.png,1.0\nimages/dog.png,2.0\n"},
         {"all": [1, 2]}, "labels by metadata.csv"),
+    "of Excel": (FLAT, {"labels.csv": "filename;label\r\n" + "".join(f"{name};2\r\n" for name in FLAT.split())},
+        {"all": [2] * 5}, "labels by labels.csv"),
     "captions": ("cat/0.png dog/0.png", {"metadata.csv": "file_name,text\ncat/0.png,a cat\ndog/0.png,a dog\n"},
         {"all": ["cat", "dog"]}, "no columns `filename` and `label`: passed over"),
     "of other images": ("set/cat/0.png set/dog/0.png", {"labels.csv": "filename,label\n1.png,5\n"},
@@ -307,6 +312,8 @@ def test_tables_of_labels(tmp_path, case, kind):
         ({"labels.csv": b"filename,label\ncat0.png,1\n"}, r"labels.csv gives cat1.png no label"),
         ({"labels.csv": b"id,label\ncat0,1\ncat1,\n"}, "gives cat1.png no label"),
         ({"labels.csv": b"id,label\ncat0,1\ncat0,2\ncat1,1\n"}, "gives cat0 two labels, 1 and 2"),
+        ({"labels.csv": b"id,label\ncat0,0.5\ncat1,1\n"}, "gives the label 0.5, expected whole numbers"),
+        ({"labels.csv": b"id,label\ncat0,-1\ncat1,1\n"}, "gives the label -1, expected whole numbers"),
         ({"labels.csv": b"id,label\ncat0\n"}, "rows of fewer columns"),
         ({"labels.csv": b""}, "not a table in CSV"),
         ({"labels.csv": b"\xff\xfe\0"}, "not a table in CSV"),
@@ -713,6 +720,13 @@ def test_cifar_that_is_damaged(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path, "train", image_size=32, num_channels=3)
+
+
+@pytest.mark.parametrize("name", ["cifar-10-batches-py.tar.gz", "CIFAR-100-python.tgz", "cifar-10-binary.tar"])
+def test_names_of_the_archives_of_cifar(tmp_path, name):
+    """Keras calls them as the folder inside."""
+    (tmp_path / name).touch()
+    assert cifar.is_archive(tmp_path / name)
 
 
 def test_an_archive_that_promises_too_much(tmp_path, monkeypatch):

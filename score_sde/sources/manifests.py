@@ -15,6 +15,7 @@ from score_sde.sources.raw import MAX_ENCODED, Parts, Tree, split_called
 JSON = "dataset.json"
 CLS = ".cls"  # holds the number of the class of the image that is called like it
 NUMBER = re.compile(r"\d+(\.0+)?")
+_MEASURE = re.compile(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?")  # a number, of a class or not
 # What people call a table's columns, and a table of all splits; another is called as its split is, as in trainLabels.
 _IMAGES = (
     *("filename", "file_name", "filenames", "file", "fname", "filepath", "file_path", "path", "name", "id"),
@@ -88,7 +89,7 @@ def tables(tree: Tree, images: list[Parts]) -> tuple[list[Table], list[str]]:
     for file in tree.files:
         stem, suffix = os.path.splitext(file[-1].lower())
         split = split_called(re.sub(r"[-_ ]?labels?$", "", stem))
-        if suffix != ".csv" or not (split or stem in _OF_ALL):
+        if suffix not in (".csv", ".tsv") or not (split or stem in _OF_ALL):
             continue
         where = f"{tree.root}/{'/'.join(file)}"
         columns = _columns(tree, file, where)
@@ -105,7 +106,9 @@ def tables(tree: Tree, images: list[Parts]) -> tuple[list[Table], list[str]]:
 def _columns(tree: Tree, file: Parts, where: str) -> tuple[list[str], list[str]] | None:
     """The columns of images and of labels; None if a table has no such. Of two, the one beside images is of labels."""
     try:
-        head, *rows = csv.reader(io.StringIO(_read(tree, file).decode("utf-8-sig")))
+        text = _read(tree, file).decode("utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        head, *rows = csv.reader(io.StringIO(text), delimiter=delimiter)
     except (ValueError, csv.Error) as error:
         raise UserError(f"{where} is not a table in CSV: {one_line(error)}: make it again, or remove it") from None
     head = [name.strip().lower() for name in head]
@@ -137,8 +140,14 @@ def of_table(table: Table, images: Iterable[Parts]) -> Told:
         labels.append(table.label(parts))
         if not labels[-1]:
             raise UserError(f"{table.where} gives {'/'.join(parts)} no label: add it, or remove one of them")
-    if all(map(NUMBER.fullmatch, table.labels.values())):
+    values = table.labels.values()
+    if all(map(NUMBER.fullmatch, values)):
         return Told([int(float(label)) for label in labels])
+    if all(map(_MEASURE.fullmatch, values)):
+        others = [value for value in values if not NUMBER.fullmatch(value)]
+        raise UserError(
+            f"{table.where} gives the label {others[0]}, expected whole numbers from 0 on, or names of classes"
+        )
     return Told(names=labels)
 
 

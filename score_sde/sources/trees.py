@@ -199,7 +199,9 @@ def _by_split(
         seconds = {inner[1] for inner in rest.values() if len(inner) > 2}
         roles = set(map(split_called, seconds))
         if None in roles or len(roles) < 2 or any(len(inner) < 3 for inner in rest.values()):
-            return {"train": rest}, []
+            alone = [folder for folders in called.values() for folder in folders if folder in tops]
+            note = f"{tree.root}: {', '.join(alone)} is taken for a class, no split, since other folders are beside it"
+            return {"train": rest}, [note] if alone else []
         # splits below classes, as in cat/train/0.png
         rest = {parts: (inner[1], inner[0], *inner[2:]) for parts, inner in rest.items()}
         called = {role: sorted(name for name in seconds if split_called(name) == role) for role in roles}
