@@ -28,7 +28,7 @@ BATCH = 256  # samples at a time
 
 def models() -> Iterator[runs.Model]:
     """The models of --workdir."""
-    return map(runs.open_model, [program.PathParser().parse(path) for path in WORKDIR.value or ()] or [None])
+    return map(runs.open_model, [program.path_of(path) for path in WORKDIR.value or ()] or [None])
 
 
 def steps() -> list[int]:

@@ -615,6 +615,12 @@ BAD |= {
     for flag in flags_of
 }
 BAD |= {
+    "an empty path of images": (SAMPLE + "--task=inpaint --image=", "--image=", "it is empty"),
+    "an empty path of samples": (EVALUATE + "--samples=", "--samples=", "it is empty"),
+    "an empty run folder": ("sample --workdir=", "--workdir=", "it is empty"),
+    "an empty checkpoint's path": (IMPORT + "''", "''", "it is empty"),
+}
+BAD |= {
     f"{command.split()[0]} seed {seed}": (f"{command} --{'config.' * command.startswith('train')}seed={seed}", "seed")
     for command in ("train --config=tiny.py", SAMPLE, EVALUATE, "ems", SEARCH, METRICS)
     for seed in ("-1", 2**64, "1.5")
