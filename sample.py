@@ -11,6 +11,7 @@
     python sample.py --task=colorize [--image=FILE.png]
     python sample.py --workdir=runs/sd --prompt="a cat" [--negative_prompt="..."] [--prompts=FILE] --guidance=7.5
                      [--height=768 --width=512]     of a latent model with a text encoder (docs/latent.md)
+    python sample.py --workdir=runs/upsampler --base_samples=runs/base/samples/NAME/samples.npz [--label=3]
     python sample.py --image=FILE.png --strength=0.6 --solver=dpmpp         begins at a noisy image
     python sample.py --task=inpaint|colorize|super_resolve|deblur --solver=dpmv3 --steps=20 [--method=pigdm|dps|ddnm]
     python sample.py --task=custom --operator=MODULE:FUNCTION [--image=FILE.png|MEASURED.npy]    of your own, in Python
@@ -43,6 +44,7 @@ from experiments import (
     samplers,
     tasks,
     times,
+    upsampling,
 )
 from experiments import prompts as prompting
 from experiments.config import shown
@@ -78,6 +80,7 @@ BLUR = flags.DEFINE_float("blur", None, f"Deviation of deblur, in pixels; {inver
 OPERATOR = flags.DEFINE_string("operator", None, "MODULE:FUNCTION, x (B, H, W, C) -> y (B, ...), of --task=custom.")
 CLASSIFIER = program.path_flag("classifier", None, "The run folder of the classifier of --task=class.")
 AUTOGUIDANCE = program.path_flag("autoguidance", None, "An earlier step, or the run folder of a weaker model.")
+BASE_SAMPLES = program.path_flag("base_samples", None, "Small images for an upsampler: samples.npz, or any data set.")
 PROMPT = flags.DEFINE_string("prompt", None, "What samples of a model with a text encoder show.")
 PROMPTS = program.path_flag("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
@@ -104,14 +107,18 @@ def main():
                 raise UserError(f"--tableau brings its own solver, steps and options: leave out --{flag.name}")
         bent = guides.bent_by(guidance, beside)
         solver, steps, options, corrections = samplers.read_search(plain, TABLEAU.value, bent)
-    n = NUM_SAMPLES.value or (defaults.num_samples if told is None else len(told.texts))
+    base = upsampling.read(plain, BASE_SAMPLES.value, LABEL.value, NUM_SAMPLES.value)
+    n = defaults.num_samples if told is None else len(told.texts)
+    n = NUM_SAMPLES.value or (n if base is None else len(base.images))
     batch_size = min(BATCH_SIZE.value or defaults.batch_size, parallel.round_up(n))
     parallel.batch_per_device(batch_size)
     own_flags = (IMAGE, MASK, CLASSIFIER, METHOD, MEASUREMENT_NOISE, FACTOR, BLUR, OPERATOR)
     redrawn = STRENGTH.value is not None
     given = {flag.name: flag.value for flag in own_flags if flag.value is not None and not (redrawn and flag is IMAGE)}
     tasks.check(task, solver, given)
-    model = runs.with_guidance(plain, guidance, label=LABEL.value, beside=beside)
+    if base is not None and (beside is not None or task is not None or solver == "auto"):
+        raise UserError("--base_samples: an upsampler takes no --task, --classifier, --autoguidance and --solver=auto")
+    model = upsampling.enlarging(runs.with_guidance(plain, guidance, label=LABEL.value, beside=beside), base)
     known = measured = None
     if task in inverse_problems.TASKS and solver == "pc":
         known = restoration.known_of(plain, task, IMAGE.value, MASK.value)
@@ -120,7 +127,7 @@ def main():
         given |= dict(image=IMAGE.value, mask=MASK.value, factor=FACTOR.value, blur=BLUR.value)
         measured = inverse_problems.measured_of(plain, task, **given)
     bending_flags = (TASK, *own_flags, AUTOGUIDANCE, LABEL, GUIDANCE, GUIDANCE_INTERVAL, THRESHOLD)
-    bending_flags += (STRENGTH, HEIGHT, WIDTH)
+    bending_flags += (STRENGTH, HEIGHT, WIDTH, BASE_SAMPLES)
     bending = {flag.name: flag.value for flag in bending_flags if flag.value is not None}
     bending |= {} if measured is None else dict(method=measured.method)
 
@@ -134,7 +141,7 @@ def main():
         bending["chosen_by"] = str(path)
 
     # ------------------------------------------------------------------------------ the method
-    identities = [] if beside is None else [beside.identity]
+    identities = [value.identity for value in (beside, base) if value is not None]
     if EMS.value is not None and solver != "dpmv3" and SOLVER.value != "auto":
         raise UserError(f"--ems is for dpmv3, the solver is {solver}: leave it out")
     if redrawn and (solver in ("pc", "ode") or task is not None):

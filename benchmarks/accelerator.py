@@ -28,7 +28,7 @@ from benchmarks import timed
 from ems import estimate, statistics
 from experiments import runs, samplers
 from experiments.build import diffusion_of
-from experiments.program import config_flag, config_of, run
+from experiments.program import config_flag, config_of, path_flag, run
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError, one_line
 from solvers import SOLVERS, probability_flow, tableau
@@ -37,7 +37,7 @@ CONFIG = config_flag()
 MINUTES = flags.DEFINE_float("minutes", 5.0, "Time to compile; what is compiled then is timed.", lower_bound=0)
 PARTS = flags.DEFINE_list("parts", ["times", "differences"], "What is to be on the page.")
 BATCHES = flags.DEFINE_list("batches", ["128", "256", "512"], "Images of a training step; the second of the rest.")
-PROFILE = flags.DEFINE_string("profile", None, "A folder for traces of every row, by XLA's profiler.")
+PROFILE = path_flag("profile", None, "A folder for traces of every row, by XLA's profiler.")
 PACKED = "pretrained/fashion_mnist"
 EVALUATIONS = 10  # of each solver
 NODES = 2  # of EMS in one call

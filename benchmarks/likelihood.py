@@ -20,7 +20,7 @@ from benchmarks import timed
 from experiments import build, program, runs, samplers
 from solvers import probability_flow
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; the newest under runs/ if absent.")
+WORKDIR = program.path_flag("workdir", None, "The run folder; the newest under runs/ if absent.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Test images.", lower_bound=2)
 TOLERANCE = flags.DEFINE_float("tolerance", 1e-5, "rtol and atol of the published scheme.", lower_bound=1e-6)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Calls timed of each.", lower_bound=1)

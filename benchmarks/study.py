@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import quality, report, runs, samplers
+from experiments import program, quality, report, runs, samplers
 from score_sde import VERSION, files, parallel
 from score_sde.errors import UserError
 from score_sde.metrics import distances, features
@@ -20,7 +20,7 @@ WORKDIR = flags.DEFINE_list("workdir", None, "The run folders; the newest under 
 STEPS = flags.DEFINE_list("steps", ["5", "6", "8", "10", "12", "15", "20"], "Network evaluations.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 256, "Noises that everything starts from.", lower_bound=2)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Repeats with other noise.", lower_bound=2)
-NETWORK = flags.DEFINE_string("network", None, "Weights of the feature network; those of the data set if absent.")
+NETWORK = program.path_flag("network", None, "Weights of the feature network; those of the data set if absent.")
 
 FOLDER = runs.RUNS / "benchmarks"
 BATCH = 256  # samples at a time
@@ -28,7 +28,7 @@ BATCH = 256  # samples at a time
 
 def models() -> Iterator[runs.Model]:
     """The models of --workdir."""
-    return (runs.open_model(workdir) for workdir in WORKDIR.value or [None])
+    return map(runs.open_model, [program.path_of(path) for path in WORKDIR.value or ()] or [None])
 
 
 def steps() -> list[int]:

@@ -1,5 +1,6 @@
 """A config becomes objects; a mistake in it is named here, before any work."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -48,8 +49,8 @@ def diffusion_of(config: ConfigDict, folder: pathlib.Path | None = None) -> Diff
     data_range = (x_space.low, x_space.high) if bounded else (-1.0, 1.0)  # latents reach the network as they are
 
     def noise_of(params, y=None, dropout_keys=None, **labels) -> NoiseFn:
-        y = told.network_input(y)
-        apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys, **labels)
+        y, more = told.network_input(y)
+        apply = lambda x, label: network.apply({"params": params}, x, label, y, dropout_keys, **more, **labels)
         return denoiser.noise_fn(apply, sde, data_range=data_range, **config.denoiser)
 
     init = _valid_init(config, network, x_space.shape)
@@ -59,26 +60,44 @@ def diffusion_of(config: ConfigDict, folder: pathlib.Path | None = None) -> Diff
 class _Condition(NamedTuple):
     """What a network is told beside x and the time; the last three are fields of Diffusion."""
 
-    network_input: Callable = lambda y: None  # condition -> the y that the network is called with
+    network_input: Callable = lambda y: (None, {})  # condition -> the y of the network, and its further arguments
     null: Any = None
     conditions: Callable = lambda index: None
     num_classes: int = 0
 
 
 def _condition_of(config: ConfigDict, folder: pathlib.Path | None) -> _Condition:
-    """Nothing, classes, the context that a table has of each class, or one from prompts (experiments/prompts.py)."""
-    as_it_is = lambda y: y
+    """Nothing, classes, the context that a table has of each class, or one from prompts (experiments/prompts.py).
+
+    Or small images to be enlarged, with classes (experiments/upsampling.py).
+    """
+    as_it_is = lambda y: (y, {})
+    if config.model.get("low_res"):
+        return _Condition(_enlarged, conditions=_base_samples_needed, num_classes=config.model.num_classes)
     if config.text:
         return _Condition(as_it_is, conditions=_prompts_needed)
     if features := config.model.get("context_dim", 0):
         table = _parts(folder, parts.CLASSES, {"table": (config.latents.classes + 1, features)})["table"]
         null = np.int32(config.latents.classes)
-        context = lambda y: None if y is None else jnp.asarray(table)[y][:, None]
+        context = lambda y: (None if y is None else jnp.asarray(table)[y][:, None], {})
         return _Condition(context, null, denoiser.by_turns(config.latents.classes), config.latents.classes)
     if not (classes := config.model.get("num_classes", 0)):
         return _Condition()
     null = np.int32(classes) if config.training.label_dropout else None
     return _Condition(as_it_is, null, denoiser.by_turns(classes), classes)
+
+
+def _enlarged(condition):
+    match condition:
+        case {"y": y, "low_res": low_res}:
+            return y, {"low_res": low_res}
+    return _base_samples_needed(condition)
+
+
+def _base_samples_needed(index):
+    raise UserError(
+        "this model enlarges small images: draw by sample.py --base_samples=FILE; other programs cannot yet"
+    )
 
 
 def _prompts_needed(index):
@@ -111,7 +130,8 @@ def sde_of(config: ConfigDict) -> SDE:
     """The SDE of a config, refused unless time runs from data to noise in it, in float32 too."""
     sde = construct(SDES, config.sde, "SDE")
     times = np.linspace(sde.t_min, sde.t_max, 64)
-    with np.errstate(all="ignore"):
+    falls = inverts = False
+    with np.errstate(all="ignore"), contextlib.suppress(ZeroDivisionError):  # of Python's own numbers
         lam = sde.lam(times)
         falls = np.isfinite(lam).all() and (np.diff(lam) < 0).all() and np.isfinite(sde.lam(np.float32(times))).all()
         inverts = np.allclose(sde.t_of_lam(lam), times, rtol=1e-4, atol=1e-6)

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 
+from ems import statistics
 from experiments import guides, measuring, runs, samplers
 from experiments.config import shown
 from experiments.samplers import Searched
@@ -99,6 +100,7 @@ def _measure(model: runs.Model, sampled: runs.Model, steps: int, ems, bent: tupl
         steps=steps,
         options=options,
         checkpoint=model.identity,
+        sde=statistics.describe_sde(sde),
         guidance_scale=scale,
         guided_by=guided_by,
         measured=True,
@@ -109,10 +111,8 @@ def _measure(model: runs.Model, sampled: runs.Model, steps: int, ems, bent: tupl
         command=" ".join(sys.argv),
         score_sde=VERSION,
     )
-    guided = (
-        "" if scale is None else f"-guidance{scale:g}" + (f"-by-{guided_by.replace(' ', '-')}" if guided_by else "")
-    )
-    path = model.results / "solvers" / f"step{model.step}-auto-{steps}{guided}.json"
+    name = f"step{model.step}-auto-{steps}{samplers.guided_name(scale, guided_by)}.json"
+    path = model.results / "solvers" / name
     files.write(path, json.dumps(record, indent=2) + "\n")
     parallel.wait_for_all("the choice of a solver is written")
     print(

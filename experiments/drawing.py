@@ -219,7 +219,7 @@ def ode(model: runs.Model, options: dict | None = None, *, seed: int = 0, pairs:
         report(1)
         return x, calls + int(run.evaluations[0])
 
-    identity = () if test is None else (measuring.hash_of(test.take(np.arange(min(64, test.size)))["image"]),)
+    identity = () if test is None else (features.hash_of(test.take(np.arange(min(64, test.size)))["image"]),)
     return Method(draw, "ode", None, "adaptive", options, identity)
 
 

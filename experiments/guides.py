@@ -1,5 +1,7 @@
 """What guides a model with parameters of its own: a classifier, or a weaker model of its kind (autoguidance)."""
 
+import pathlib
+
 from experiments import packed, runs
 from experiments.runs import Guide, Model
 from score_sde.errors import UserError
@@ -25,6 +27,11 @@ def _weaker(model: Model, given: str) -> Guide:
     """A weaker model, refused if it is the model itself."""
     if given.isdecimal() and packed.is_packed(model.workdir):
         raise UserError(f"--autoguidance={given}: {model.workdir} has one checkpoint alone: give the folder of a run")
+    if not given.isdecimal() and not pathlib.Path(given).exists():
+        raise UserError(
+            f"--autoguidance={given}: expected an earlier step of {model.workdir}, a whole number, or the folder of a "
+            "run or of a packed model, and there is no such folder"
+        )
     weaker = runs.open_model(model.workdir, int(given)) if given.isdecimal() else runs.open_model(given)
     if weaker.identity == model.identity:
         raise UserError(f"--autoguidance={given} is the model itself: give an earlier step or a smaller model")

@@ -3,7 +3,6 @@
 What `python -m ems` does, and what the samplers ask of a run folder. The mathematics is in ems/.
 """
 
-import hashlib
 import json
 import pathlib
 import time
@@ -15,7 +14,7 @@ import numpy as np
 
 from ems import estimate, moments, statistics
 from ems.statistics import EMS
-from experiments import build, figures, guides, program, runs, samplers
+from experiments import build, figures, guides, program, runs, samplers, upsampling
 from experiments.prompts import Prompts
 from score_sde import VERSION, data, files, parallel, seeds
 from score_sde.denoiser import Diffusion
@@ -152,6 +151,7 @@ def training_images(model: runs.Model) -> Source:
 
     model: as it is measured, with the classes of what guides it.
     """
+    enlarges = model.config.model.get("low_res")
     try:
         images = build.images_of(model.config, "train")
         if model.diffusion.num_classes and "label" not in images.take(np.arange(1)):
@@ -159,23 +159,21 @@ def training_images(model: runs.Model) -> Source:
         if model.diffusion.num_classes:
             images = build.checked_labels(images, model.diffusion.num_classes, "the number of classes")
     except UserError as error:
-        raise UserError(f"{error}; without the images, python -m ems --data=samples measures on own samples") from None
+        remedy = "without the images, python -m ems --data=samples measures on own samples"
+        if enlarges:
+            remedy = "of a model that enlarges, EMS are measured on these alone: say where they are by --dataset_at"
+        raise UserError(f"{error}; {remedy}") from None
     order = data.permutation(0, 0, images.size)
     encode = jax.jit(jax.vmap(model.diffusion.space.encode))
 
     def take(index):
         batch = images.take(order[index])
         x0 = np.asarray(encode(samplers.sample_keys(0, index), batch["image"]))
-        return x0, conditions_of(model.diffusion, order[index], lambda: batch["label"])
+        condition = conditions_of(model.diffusion, order[index], lambda: batch["label"])
+        return x0, upsampling.of_data(batch["image"], condition) if enlarges else condition
 
-    first = hash_of(images.take(np.arange(min(64, images.size)))["image"])
+    first = features.hash_of(images.take(np.arange(min(64, images.size)))["image"])
     return Source(model.config.data.dataset, images.size, take, first)
-
-
-def hash_of(*arrays: np.ndarray) -> str:
-    """A short hash of arrays."""
-    hashes = (hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays)
-    return features.fingerprint(*hashes)
 
 
 def latents(diffusion: Diffusion, path: str) -> Source:
@@ -193,7 +191,7 @@ def latents(diffusion: Diffusion, path: str) -> Source:
         raise UserError(f"{path}: latents are {x0.dtype} {x0.shape}, expected finite floats (K, *{shape}), NHWC")
     x0, y = x0.astype(np.float32), np.asarray(arrays["labels"], np.int32) if diffusion.num_classes else None
     take = lambda index: (x0[index], conditions_of(diffusion, index, lambda: y[index]))
-    return Source(path, len(x0), take, hash_of(x0))
+    return Source(path, len(x0), take, features.hash_of(x0))
 
 
 def own_samples(diffusion: Diffusion, params, seed: int, steps: int = 50) -> Source:
@@ -277,6 +275,9 @@ def measure(
         origin |= dict(size=size_of(diffusion))
     if prompts is not None:
         origin |= dict(prompts=prompts.name, negative_prompt=prompts.negative)
+    if model.config.model.get("low_res"):
+        diffusion = upsampling.with_conditions(diffusion, images.take(np.arange(JUDGED_SAMPLES) % images.size)[1])
+        model = model._replace(diffusion=diffusion)
     path = path_of(model, origin)
     if path.exists():
         print(f"EMS: already measured, {path}")
@@ -484,7 +485,7 @@ def take_published(
     )
     shape = model.diffusion.space.shape
     ems = statistics.load_published(folder, model.diffusion.sde, shape, t_end=t_end, origin=origin)
-    ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1, first_images=hash_of(ems.l, ems.s, ems.b)))
+    ems = ems._replace(origin=origin | dict(nodes=len(ems.t) - 1, first_images=features.hash_of(ems.l, ems.s, ems.b)))
     name = f"step{model.step}_nodes{len(ems.t) - 1}_published_end{all_digits(t_end)}"
     name += "" if guidance_scale is None else f"_guidance{all_digits(guidance_scale)}"
     name += "" if guided_by is None else f"_by_{guided_by}"

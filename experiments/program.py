@@ -55,7 +55,7 @@ def run(main: Callable[..., None], *, files: bool = False):
             raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
         parallel.start(given.coordinator, given.num_processes, given.process_id)
         with parallel.together():
-            return main([PathParser().parse(argument) for argument in argv[1:]]) if files else main()
+            return main([path_of(argument) for argument in argv[1:]]) if files else main()
 
     try:
         app.run(guarded, flags_parser=_parse)
@@ -108,12 +108,23 @@ class PathParser(flags.ArgumentParser):
     """Paths of this machine, `~` being the home folder; a cloud address is refused, or it would become a folder."""
 
     def parse(self, argument: str) -> str:
+        argument = argument.removeprefix("file://")
+        if not argument.strip():  # absl adds the flag's name; it would mean the folder where the program runs
+            raise ValueError("expected a path, and it is empty, as by a variable that is not set")
         if "://" in argument:
             raise UserError(
                 f"{argument} is an address in a cloud, which is neither read nor written here: mount it as a folder "
                 "(gcsfuse, mount-s3), or copy it, and give that path"
             )
         return os.path.expanduser(argument)
+
+
+def path_of(argument: str) -> str:
+    """A path that is no flag's, as `PathParser` reads it."""
+    try:
+        return PathParser().parse(argument)
+    except ValueError as error:
+        raise UserError(f"{argument!r}: {error}") from None
 
 
 class NameParser(flags.ArgumentParser):

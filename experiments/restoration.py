@@ -138,6 +138,8 @@ def read_mask(path: str, space: Space) -> np.ndarray:
 def open_image(path: str, space: Space) -> Image.Image:
     """An image file of the model's size."""
     height, width, _ = space.shape
+    if pathlib.Path(path).is_dir():
+        raise UserError(f"{path} is a folder: give one image file of it")
     if not pathlib.Path(path).is_file():
         raise UserError(f"no such image {path}")
     image = sources.decode(pathlib.Path(path), path)

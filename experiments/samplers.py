@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ems.statistics import EMS
+from ems.statistics import EMS, describe_sde
 from experiments.config import fits
 from experiments.runs import Model
 from score_sde import files, parallel, seeds
@@ -145,6 +145,10 @@ def read_search(model: Model, path: str, bent: tuple[float | None, str | None] =
                 raise ValueError("its corrections are not whole")
     if identity != model.identity:
         raise UserError(f"{path} was searched for checkpoint {identity}, this is {model.identity}: search again")
+    if "sde" in record:  # older files do not tell
+        ours = json.loads(json.dumps(describe_sde(model.diffusion.sde)))
+        if record["sde"] != ours:
+            raise UserError(f"{path} was searched under {record['sde']}, this model's SDE is {ours}: search again")
     theirs = record.get("guidance_scale"), record.get("guided_by")
     if "guidance_scale" in record and theirs != bent:  # older files do not tell
         told = lambda scale, guide: (
@@ -152,6 +156,13 @@ def read_search(model: Model, path: str, bent: tuple[float | None, str | None] =
         )
         raise UserError(f"{path} was searched for {told(*theirs)}, sampling has {told(*bent)}: search again")
     return Searched(solver, steps, options, corrections)
+
+
+def guided_name(scale: float | None, guided_by: str | None) -> str:
+    """What bends a model (`guides.bent_by`), for the name of a file."""
+    if scale is None:
+        return ""
+    return f"-guidance{scale:g}" + (f"-by-{guided_by.replace(' ', '-')}" if guided_by else "")
 
 
 def with_corrections(table: Tableau, sde: SDE, corrections: Corrections) -> Tableau:

@@ -19,6 +19,8 @@ from score_sde.guidance import Classifier
 from solvers import tableau
 from solvers.dpm_solver import dpm_solver_pp
 
+UNREADABLE = 255  # the vote, greater than any signal, of a process that cannot read its next images
+
 
 def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = None) -> int:
     """Train what a config stands for, or continue the run of its folder; returns the exit code, 0 when it is finished.
@@ -28,6 +30,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     # ------------------------------------------------------------------------------ what to train, and where
     began = time.monotonic()
     files.check_writable(workdir)
+    if config.model.get("low_res"):
+        raise UserError("a model that enlarges small images (model.low_res) is imported and sampled, not trained here")
     model, fields = build.trainable(config), config.training
     share_of_device = parallel.batch_per_device(fields.batch_size)
     if share_of_device % fields.accumulate:
@@ -98,11 +102,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
 
     # ------------------------------------------------------------------------------ the loop
     caught, stopped, windows = catch_stop_signals(), 0, 0  # the first window of the log has compiled
-    failure, damaged = None, len(stream.images.damaged)  # what ended the reading of images; those passed over
+    damaged = len(parallel.union(stream.images.damaged, stream.images.size))  # images passed over
     done = lambda: int(parallel.first(state.step))  # less than `step` after an update that was not finite
 
     def save():
-        without = sorted(stream.images.damaged)  # which may be restored before the run goes on
+        without = parallel.union(stream.images.damaged, stream.images.size)  # they may be restored before it goes on
         meta = {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
         meta["data"] = {"identity": data.identity(marks, without), "without": without}
         checkpoints.save(parallel.first(state), meta)
@@ -113,19 +117,20 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
         bar = program.progress(total=fields.n_iters, initial=step, unit="step", mininterval=1.0)
         batches = stream.batches(step)
         reported, vote, skipped, unread = (time.monotonic(), step), None, 0, []
-        while step < fields.n_iters:
+        count = fields.steps_per_call - step % fields.steps_per_call
+        inputs, failure = next_batches(batches, stream, count if step < fields.n_iters else 0)
+        unreadable = parallel.anywhere(failure is not None)
+        while step < fields.n_iters and not unreadable:
             # The vote of the call before, so that never more than one is ahead, and all processes stop at one step.
             if vote is not None and (stopped := int(parallel.first(vote))):
                 break
-            count = fields.steps_per_call - step % fields.steps_per_call
-            signals = np.full(jax.local_device_count(), max(caught, default=0))
-            try:
-                inputs = next_batches(batches, stream, count), step, np.int32(fields.n_iters)
-            except UserError as error:  # an image, or the disk that it is on
-                failure = error
-                break
-            state, metrics, vote = step_on_devices(signals, state, *inputs)
             before, step = step, step + count
+            count = fields.steps_per_call if step < fields.n_iters else 0
+            # Read before the call, so that a process that cannot read its next images says so in this call's vote.
+            following, failure = next_batches(batches, stream, count)
+            signals = np.full(jax.local_device_count(), max(caught, default=0) if failure is None else UNREADABLE)
+            state, metrics, vote = step_on_devices(signals, state, inputs, before, np.int32(fields.n_iters))
+            inputs = following
             bar.update(step - before)
             unread.append(metrics["skipped updates"])
             if (step == fields.n_iters or any(crossed(before, step, every) for every in looks)) and done() < step:
@@ -151,6 +156,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                     batch = numbered(held_out.batch(step // fields.eval_freq), held_out)
                 except UserError as error:
                     failure = error
+                if unreadable := parallel.anywhere(failure is not None):
                     break
                 value = parallel.first(held_out_loss(state.ema, parallel.shard_own(batch), step))
                 board.add_scalar("held-out loss (EMA)", value, step)
@@ -160,11 +166,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                 show(parallel.first(state.ema), workdir, board, step)
         batches.close()
         bar.close()
-    if failure is not None and not parallel.alone():  # the others are at the step that this process cannot take
-        raise failure
+    unreadable = unreadable or stopped == UNREADABLE
     if config.data.skip_damaged:
         tell_damaged(stream.images, damaged)
-    if stopped or failure is not None or done() < step:
+    if stopped or unreadable or done() < step:
         save()
     checkpoints.wait()
     if done() < step:
@@ -174,9 +179,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
             f"{first} of {stream.images.name}: the state before it is saved in {checkpoints.folder}: start anew with a "
             "lower optim.lr, or pass over such batches, --config.training.non_finite=skip"
         )
-    if failure is not None:
+    if unreadable:
+        reason = failure or "another process cannot read its images, as it says"
         raise UserError(
-            f"{failure}: the {done()} steps before it are saved in {checkpoints.folder}: restore that image and go on "
+            f"{reason}: the {done()} steps before it are saved in {checkpoints.folder}: restore that image and go on "
             "by the same command, or pass over damaged ones, --config.data.skip_damaged=True"
         )
     ended = "stopped" if stopped else "finished"
@@ -209,10 +215,11 @@ def stream_identity(config, stream) -> str:
 
 
 def tell_damaged(images: data.Images, told: int) -> int:
-    """How many damaged images were passed over; says so if they are more than were told of."""
-    found = list(images.damaged.values())
+    """How many damaged images all processes passed over; says so if they are more than were told of."""
+    found = parallel.union(images.damaged, images.size)
     if len(found) > told:
-        tqdm.write(f"{images.name}: passed over {len(found)} damaged image(s), lastly: {found[-1]}")
+        lastly = next(reversed(images.damaged.values()), f"image {found[-1]}, by another process")
+        tqdm.write(f"{images.name}: passed over {len(found)} damaged image(s), lastly: {lastly}")
     return len(found)
 
 
@@ -228,9 +235,15 @@ def numbered(batch, stream):
 
 
 def next_batches(batches, stream, count: int):
-    """The next batches, so many, as (devices, steps, batch per device, ...)."""
-    parts = [parallel.shard_own(numbered(next(batches)[1], stream)) for _ in range(count)]
-    return jax.tree.map(lambda *values: np.stack(values, axis=1), *parts)
+    """The next batches, so many, as (devices, steps, batch per device, ...); and the UserError that ended the reading.
+
+    The latter is of an image, or of the disk that it is on.
+    """
+    try:
+        parts = [parallel.shard_own(numbered(next(batches)[1], stream)) for _ in range(count)]
+    except UserError as error:
+        return None, error
+    return jax.tree.map(lambda *values: np.stack(values, axis=1), *parts) if parts else None, None
 
 
 def crossed(before: int, now: int, every: int) -> bool:

@@ -5,6 +5,6 @@ class UserError(Exception):
     """Says in one line what was wrong, what was expected and what to do."""
 
 
-def one_line(error: Exception, limit: int = 200) -> str:
-    """An exception's message, without line breaks and of at most `limit` characters; its type if it says nothing."""
+def one_line(error: object, limit: int = 200) -> str:
+    """The message of an exception, or any text, in one line of at most `limit` characters; its type if it is empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -38,7 +38,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from score_sde import files
-from score_sde.errors import UserError
+from score_sde.errors import UserError, one_line
 from score_sde.models.names import bare
 
 
@@ -61,6 +61,15 @@ class Foreign(NamedTuple):
     skipped: tuple[str, ...] = ()
 
 
+# What lies where a checkpoint should: (how it begins, what to do).
+_NO_CHECKPOINTS = (
+    (b"version h", "is a pointer that Git LFS left in the file's place: fetch the file, git lfs pull"),
+    (b"<", "is a web page that was saved in the file's place: download the file itself"),
+    (b"\x89HDF", "is HDF5, as Keras writes it, which is not read: save its arrays by their names as .npz"),
+    (b"{", "is text in JSON, as an index or a config beside a checkpoint is: give the file with the parameters"),
+)
+
+
 def read_checkpoint(path: str | os.PathLike) -> Foreign:
     """The contents of a .pth, .pt, .ckpt, .pkl (EDM), .safetensors or .npz file, or of JAX's, told by content.
 
@@ -75,6 +84,8 @@ def read_checkpoint(path: str | os.PathLike) -> Foreign:
             raise UserError(f"{path} is no file: expected a checkpoint")
         with path.open("rb") as file:
             start = file.read(9)
+        if remedy := next((line for beginning, line in _NO_CHECKPOINTS if start.startswith(beginning)), None):
+            raise UserError(f"{path} {remedy}")
         if start.startswith(b"PK"):
             return _npz(path) if _is_npz(path) else _torch_checkpoint(path)
         if start[:2] == _SEQUENCE_START[:2]:
@@ -86,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike) -> Foreign:
         if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # the codes of msgpack's maps
             return _flax_checkpoint(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or _one_line(error)}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from None
     except _Malformed as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}") from None
     raise UserError(
@@ -164,7 +175,7 @@ def _torch_checkpoint(path: pathlib.Path) -> Foreign:
             built = _unpickled(io.BytesIO(arrays.member("data.pkl")))
             return _parts(built, functools.cache(lambda key: arrays.member(f"data/{key}")))
     except (zipfile.BadZipFile, struct.error, EOFError, OverflowError, RuntimeError, ValueError) as error:
-        raise _Malformed(f"its archive is damaged ({_one_line(error)})") from None
+        raise _Malformed(f"its archive is damaged ({one_line(error)})") from None
 
 
 _SEQUENCE_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of PyTorch's magic number
@@ -281,7 +292,7 @@ def _unpickled(
 
     def named(module: Any, name: Any) -> _Global:
         if strict and _Global(module, name) not in calls:
-            raise _Malformed(f"its pickle asks for {_one_line(module)}.{_one_line(name)}, which no checkpoint needs")
+            raise _Malformed(f"its pickle asks for {one_line(module)}.{one_line(name)}, which no checkpoint needs")
         return _Global(_expect(module, str), _expect(name, str))
 
     def made_by(function: Any, arguments: Any) -> Any:
@@ -292,7 +303,7 @@ def _unpickled(
             return calls[name](_expect(arguments, tuple))
         if name == _RECONSTRUCTOR and arguments and isinstance(arguments[0], _Global):
             name = arguments[0]
-        skipped.add(_one_line(".".join(name)))
+        skipped.add(one_line(".".join(name)))
         return _Object(".".join(name), {})
 
     def add_items(target: Any, items: list):
@@ -382,7 +393,7 @@ def _unpickled(
                 case name:
                     raise _Malformed(f"its pickle uses {name}, which no checkpoint needs")
     except (IndexError, KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
-        raise _Malformed(f"its pickle is damaged ({_one_line(error)})") from None
+        raise _Malformed(f"its pickle is damaged ({one_line(error)})") from None
     raise _Malformed("its pickle has no end")
 
 
@@ -678,7 +689,7 @@ def _edm_pickle(path: pathlib.Path) -> Foreign:
                     raise _Malformed(f"it has more than {_MOST_TENSORS} tensors")
                 arrays[name] = _array(name, tensor, lambda key: data.get(key, b""))
         except (struct.error, EOFError, OverflowError, RuntimeError, ValueError) as error:
-            raise _Malformed(f"its pickle is damaged ({_one_line(error)})") from None
+            raise _Malformed(f"its pickle is damaged ({one_line(error)})") from None
     made_with = network.attributes.get("_init_kwargs", {})
     arguments = _expect(made_with, dict) | {"class_name": network.class_name}
     return Foreign("edm", None, arrays, None, arguments)
@@ -713,11 +724,11 @@ def _safetensors(path: pathlib.Path) -> Foreign:
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except (safetensors.SafetensorError, ValueError) as error:
-        raise _Malformed(f"its header is damaged ({_one_line(error)})") from None
+        raise _Malformed(f"its header is damaged ({one_line(error)})") from None
     arrays = {}
     for name, entry in entries:
         if entry["dtype"] not in _SAFE_TYPES:
-            raise _Malformed(f"{_one_line(name)} has type {_one_line(entry['dtype'])}")
+            raise _Malformed(f"{one_line(name)} has type {one_line(entry['dtype'])}")
         arrays[name] = np.frombuffer(entry["data"], _TYPES[_SAFE_TYPES[entry["dtype"]]]).reshape(entry["shape"])
     return _named_arrays(arrays)
 
@@ -738,7 +749,7 @@ def _is_npz(path: pathlib.Path) -> bool:
             names = archive.namelist()
     except zipfile.BadZipFile:
         return False
-    return bool(names) and all(name.endswith(".npy") for name in names)
+    return all(name.endswith(".npy") for name in names) and (bool(names) or path.suffix == ".npz")
 
 
 def _npz(path: pathlib.Path) -> Foreign:
@@ -746,7 +757,9 @@ def _npz(path: pathlib.Path) -> Foreign:
     try:
         arrays = files.load_npz(path)
     except ValueError as error:
-        raise _Malformed(f"its archive is damaged ({_one_line(error)})") from None
+        raise _Malformed(f"its archive is damaged ({one_line(error)})") from None
+    if not arrays:
+        raise _Malformed("it holds no arrays")
     if any("/" in name for name in arrays):
         return _flax_tree(traverse_util.unflatten_dict(arrays, sep="/"))
     return _named_arrays(arrays)
@@ -764,7 +777,7 @@ def _flax_checkpoint(path: pathlib.Path) -> Foreign:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False, strict_map_key=True, **limits)
         return _flax_tree(_joined(tree))
     except (KeyError, ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise _Malformed(f"its msgpack is damaged ({_one_line(error)})") from None
+        raise _Malformed(f"its msgpack is damaged ({one_line(error)})") from None
 
 
 def _flax_tree(tree: Any) -> Foreign:
@@ -804,7 +817,7 @@ def _orbax(folder: pathlib.Path) -> Foreign:
     try:
         read = {path.name: read_tree(path) for path in trees}
     except Exception as error:  # Orbax, TensorStore and json raise many types on damaged files
-        raise _Malformed(f"its folder of Orbax is damaged ({_one_line(error)})") from None
+        raise _Malformed(f"its folder of Orbax is damaged ({one_line(error)})") from None
     if not read:
         raise _Malformed("it is a folder, but none of Orbax")
     arrays = jax.tree.map(np.asarray, next(iter(read.values())) if len(read) == 1 else read)
@@ -819,7 +832,7 @@ def _extension(code: int, data: bytes) -> np.ndarray:
         raise _Malformed(f"its msgpack uses extension {code}, which no checkpoint needs")
     shape, dtype, buffer = msgpack.unpackb(data, raw=False, max_array_len=_MOST_AXES)
     if dtype not in _TYPES:
-        raise _Malformed(f"an array has type {_one_line(dtype)}")
+        raise _Malformed(f"an array has type {one_line(dtype)}")
     shape = tuple(_expect(n, int) for n in shape)
     if min(shape, default=0) < 0 or math.prod(shape) * _TYPES[dtype].itemsize != len(buffer):
         raise _Malformed(f"an array of shape {shape} has {len(buffer)} bytes")
@@ -843,10 +856,6 @@ def _expect(value: Any, *types: type) -> Any:
     return value
 
 
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())[:100]
-
-
 # -- pickled arrays --
 
 
@@ -865,7 +874,7 @@ def read_arrays(content: bytes, where: str) -> dict:
             for key, value in _expect(_unpickled(io.BytesIO(content), calls, strict=True).value, dict).items()
         }
     except (_Malformed, ValueError, IndexError) as error:
-        raise UserError(f"{where} is no pickle of arrays: {_one_line(error)}") from None
+        raise UserError(f"{where} is no pickle of arrays: {one_line(error)}") from None
 
 
 def _array_of(value: Any) -> Any:
@@ -876,6 +885,6 @@ def _array_of(value: Any) -> Any:
         ):
             data = data.encode("latin-1") if isinstance(data, str) else _expect(data, bytes)
             if code not in ("u1", "|u1") or not all(isinstance(n, int) and n >= 0 for n in shape):
-                raise _Malformed(f"it has an array of {_one_line(code)} {shape} where unsigned bytes belong")
+                raise _Malformed(f"it has an array of {one_line(code)} {shape} where unsigned bytes belong")
             return np.frombuffer(data, np.uint8).reshape(shape)
     return value

@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -143,6 +143,19 @@ def leave(code: int):
 def agreed(number: int) -> int:
     """The first process' number, in every process."""
     return number if alone() else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is true in any process."""
+    return flag if alone() else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+def union(indices: Iterable[int], size: int) -> list[int]:
+    """The numbers below `size` that any process gives, sorted."""
+    mask = np.zeros(size, bool)
+    mask[list(indices)] = True
+    every = mask if alone() else multihost_utils.process_allgather(mask).any(axis=0)
+    return np.flatnonzero(every).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ devices

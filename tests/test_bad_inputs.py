@@ -159,6 +159,7 @@ def write_foreign(folder: pathlib.Path):
     folder.mkdir()
     (folder / "text.pth").write_text("hello")
     (folder / "empty.pth").write_bytes(b"")
+    np.savez(folder / "empty.npz")
     (folder / "evil.pth").write_bytes(b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R.")
     with zipfile.ZipFile(folder / "zip.pth", "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R.")
@@ -452,6 +453,7 @@ BAD = {
     "blur of another task": (SAMPLE + "--task=inpaint --blur=2", "--blur needs --task=deblur"),
     "deblurring by pc": (SAMPLE + "--task=deblur --solver=pc", "not by pc: --solver=dpmv3"),
     "a model that guides itself": (SAMPLE + "--autoguidance=8 --guidance=2 --solver=dpmpp", "the model itself"),
+    "a step that is none": (SAMPLE + "--autoguidance=-5 --guidance=2 --solver=dpmpp", "-5", "step", "folder of a run"),
     "two guides": (SAMPLE + "--autoguidance=4 --classifier=runs/classifier --task=class", "--autoguidance", "leave"),
     "guidance that auto does not measure": (
         "sample --workdir=runs/by_class --solver=auto --guidance=2 --threshold=static", "leave out --threshold",
@@ -471,6 +473,7 @@ BAD = {
     "strength of pc": (SAMPLE + "--strength=0.5 --solver=pc --image=data/large.png", "--strength", "few-step"),
     "times of GITS of a singlestep solver": (SAMPLE + "--solver=heun --option grid=gits", "heun", "deis"),
     "absent image": (SAMPLE + "--task=inpaint --image=data/absent.png", "data/absent.png"),
+    "a folder for an image": (SAMPLE + "--task=inpaint --image=data", "data is a folder", "one image file"),
     "image of another size": (SAMPLE + "--task=inpaint --image=data/large.png", "16x16", "8x8", "resize"),
     "image of other channels": (SAMPLE + "--task=inpaint --image=data/colour.png", "data/colour.png", "channel"),
     "image that is none": (SAMPLE + "--task=inpaint --image=data/word.png", "data/word.png", "not a readable image"),
@@ -561,7 +564,8 @@ BAD = {
     "cut Flax checkpoint": (IMPORT + "foreign/cut_flax", "foreign/cut_flax", "msgpack"),
     "empty Flax checkpoint": (IMPORT + "foreign/flax", "foreign/flax"),
     "export nothing": ("importers --export=weights.npz --workdir=runs/none", "runs/none"),
-    "export onto a folder": ("importers --export=data --workdir=runs/tiny", "data", "directory"),
+    "export onto a folder": ("importers --export=data --workdir=runs/tiny", "data is a folder", "data/weights.npz"),
+    "checkpoint without arrays": (IMPORT + "foreign/empty.npz", "foreign/empty.npz", "no arrays"),
     # averages
     "average of no width": ("average --workdir=runs/tiny --out=runs/new", "--std"),
     "average to nowhere": ("average --workdir=runs/tiny --std=0.1", "--out"),
@@ -604,6 +608,12 @@ BAD |= {
     )
     for command, flags_of in CLOUDS.items()
     for flag in flags_of
+}
+BAD |= {
+    "an empty path of images": (SAMPLE + "--task=inpaint --image=", "--image=", "it is empty"),
+    "an empty path of samples": (EVALUATE + "--samples=", "--samples=", "it is empty"),
+    "an empty run folder": ("sample --workdir=", "--workdir=", "it is empty"),
+    "an empty checkpoint's path": (IMPORT + "''", "''", "it is empty"),
 }
 BAD |= {
     f"{command.split()[0]} seed {seed}": (f"{command} --{'config.' * command.startswith('train')}seed={seed}", "seed")

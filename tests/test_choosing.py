@@ -1,14 +1,17 @@
 """--solver=auto: what is measured once is the best, is kept and found again, and a search's file goes before it."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
 
 from experiments import choosing, evaluation, measuring, report, samplers
 from score_sde.errors import UserError
+from score_sde.guidance import Guidance
 from score_sde.sde import VP
-from tests.test_guides import model_in
+from tests.test_bad_inputs import as_its_own_process
+from tests.test_guides import CLASSIFIER, model_in
 
 
 @pytest.fixture
@@ -68,3 +71,27 @@ def test_a_file_of_another_guidance_is_refused(small, tmp_path):
     for bent, words in (((None, None), "sampling has no guidance"), ((2.0, "classifier one"), "by classifier one")):
         with pytest.raises(UserError, match=words):
             samplers.read_search(small, str(path), bent)
+
+
+def test_a_file_of_another_sde_is_refused(small):
+    path = choosing.best(small, 5)[1]
+    record = json.loads(path.read_text())
+    assert record["sde"]["name"] == "VP"
+    path.write_text(json.dumps(record | dict(sde=record["sde"] | dict(beta_max=15.0))))
+    with pytest.raises(UserError, match=r"searched under \{.*15\.0.*, this model's SDE is \{.*: search again"):
+        samplers.read_search(small, str(path))
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "sde"}))  # of before
+    assert samplers.read_search(small, str(path)).steps == 5
+
+
+def test_a_search_for_a_model_guided_by_a_classifier(small, capsys):
+    """Its file is for that guide alone, and is what --solver=auto takes."""
+    with as_its_own_process("search"):
+        search = runpy.run_module("tools.search")["search"]
+    given = dict(noises=4, minutes=0.1, guidance=Guidance(2.0), beside=CLASSIFIER)
+    path, held_out = search(small, "ddim", 3, {}, **given)
+    assert path.name == "step8-ddim-3-guidance2-by-classifier-one.json"
+    assert held_out["searched"] > 0
+    with pytest.raises(UserError, match="was searched for guidance 2 by classifier one, sampling has no guidance"):
+        samplers.read_search(small, str(path))
+    assert choosing.best(small, 3, guidance=Guidance(2.0), beside=CLASSIFIER)[1] == path

@@ -1,5 +1,6 @@
 """Configs: that their values are the published ones, that older files open, that each builds what it says."""
 
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -283,3 +284,24 @@ def test_builds(name, monkeypatch):
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     stated = re.search(r"([\d.]+) M parameters", load(name).__doc__)[1]
     assert stated == f"{millions:.{len(stated.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("digits", dict(beta_min=-1.0)),
+        ("digits", dict(beta_max=float("nan"))),
+        ("digits", dict(t_min=0.0)),
+        ("digits", dict(t_min=0.6, t_max=0.5)),
+        ("digits_ve", dict(sigma_min=0.0)),
+        ("digits_ve", dict(sigma_min=2.0, sigma_max=1.0)),
+        ("digits_ve", dict(sigma_max=float("inf"))),
+        ("digits_flow", dict(t_max=1.5)),
+    ],
+)
+def test_a_schedule_that_is_none(file, fields):
+    config = importlib.import_module(f"configs.{file}").get_config()
+    with config.unlocked():
+        config.sde.update(fields)
+    with pytest.raises(UserError, match="there is no SDE with"):
+        build.sde_of(config)

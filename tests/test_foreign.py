@@ -359,3 +359,18 @@ def test_names_of_a_file_are_told_where_a_network_is_another(tmp_path):
     state = {"encoder.weight": reference.normal("w", (3, 3))}
     with pytest.raises(UserError, match=r"has no all_modules.* it holds 1 entries, encoder.weight \(3, 3\)"):
         from_torch(state, TINY["ddpm"], (8, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "is HDF5, as Keras writes it"),
+        (b'{"weight_map": {"a": "model-00001.safetensors"}}', "is text in JSON"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_checkpoint(tmp_path, content, words):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_checkpoint(tmp_path / "model.pt")

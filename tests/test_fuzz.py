@@ -115,9 +115,9 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return file.getvalue()
 
 
-def tarred(members: dict[str, bytes]) -> bytes:
+def tarred(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with tarfile.open(fileobj=file, mode=mode) as archive:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -141,6 +141,9 @@ READERS = {
     **{kind: (f"a.{kind.lower()}", encoded(kind), lambda path: sources.decode(path, "a")) for kind in sources.FORMATS},
     "images in .npy": ("a.npy", npy(EIGHT), images),
     "zip of images": ("a.zip", zipped({f"{i}.png": encoded_gray(i) for i in range(20)}), images),
+    "tar of images": ("a.tar", tarred({f"{i}.png": encoded_gray(i) for i in range(20)}, "w"), images),
+    "tar of images, packed": ("a.tgz", tarred({f"{i}.png": encoded_gray(i) for i in range(20)}), images),
+    "table of labels": ("labels.csv", b"filename,label\na.png,1\n", manifest),
     "CIFAR, Python": ("data_batch_1", python2(dict(data=CIFAR, labels=[1, 2])), cifar_images),
     "CIFAR, archive": (
         "cifar-10-binary.tar.gz",

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from score_sde import checkpoint, parallel
+from configs import digits
+from score_sde import checkpoint, data, parallel
 from score_sde.errors import UserError
 from tests import programs
+from tests.test_trainer import make_images
 from tests.test_training import small_state
 
 TRAIN = ["train.py", *programs.TINY, "--config.training.n_iters=8"]
@@ -93,6 +95,39 @@ def test_one_process_of_two_is_told_to_stop_or_dies(tmp_path, sent):
     said = finish(log, "train.py", *TRAIN[1:-1], f"--config.training.n_iters={last + 4}", f"--workdir={workdir}")
     assert f"continuing at step {last}" in said
     assert f"finished at step {last + 4}" in said
+
+
+SMALL_SETS_STAY_ON_DISK = """
+import pathlib
+import sys
+from experiments import program, trainer
+from score_sde import models, sources
+from tests.test_trainer import OneNumber, config_of
+models.MODELS["one_number"] = OneNumber
+sources.MEMORY_BYTES = 0
+trainer.samples = lambda model: lambda *arguments: None
+images, workdir, skip = sys.argv[1:4]
+del sys.argv[1:4]
+program.run(lambda: trainer.train(config_of(images, 12, skip_damaged=skip == "skip"), pathlib.Path(workdir)))
+"""
+
+
+def test_a_damaged_image_of_one_process_of_two(tmp_path):
+    """Both save at the step that one of them cannot take, and say so; passing over it, both go on to the end."""
+    images, batch = make_images(tmp_path / "images", 100), 8
+    order, stream = data.permutation(0, 0, 100), data.permutation(digits.get_config().seed, 0, 90)
+    path = sorted(images.rglob("*.png"))[order[stream[3 * batch + batch - 1]]]  # of step 3, process 1
+    path.write_bytes(path.read_bytes()[:60])
+    script, workdir, log = tmp_path / "script.py", tmp_path / "run", tmp_path / "log"
+    script.write_text(SMALL_SETS_STAY_ON_DISK)
+    programs.ended(log, programs.start(log, script, images, workdir, "stop", processes=2), code=2)
+    assert "another process cannot read its images, as it says: the 3 steps before it are saved" in programs.said(log)
+    assert f"{path.name} is not a readable image" in programs.said(log, 1)
+    assert checkpoint.Checkpoints(workdir).steps() == [3]
+    said = finish(log, script, images, workdir, "skip", processes=2)
+    assert "continuing at step 3" in said
+    assert "passed over 1 damaged image(s), lastly: image" in said
+    assert "finished at step 12" in said
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from PIL import Image
 from experiments import build
 from score_sde import data, sources
 from score_sde.errors import UserError
-from score_sde.sources import cifar, pictures
+from score_sde.sources import archives, cifar, pictures
 from tests.test_data import everything, idx
 
 LEVELS = dict(cat=40, dog=120, eel=200)
@@ -71,6 +71,16 @@ def as_zip(root: pathlib.Path, files: dict) -> str:
         for name, content in files.items():
             archive.writestr(name, content or b"")
     return f"{root}/a.zip"
+
+
+def as_tar(root: pathlib.Path, files: dict, suffix: str = ".tar") -> str:
+    mode = {".tar": "w", ".tgz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}[suffix]
+    with tarfile.open(root / f"a{suffix}", mode) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"./{name}")  # as by tar -cf a.tar .
+            info.size, info.type = len(content or b""), tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            archive.addfile(info, io.BytesIO(content or b""))
+    return f"{root}/a{suffix}"
 
 
 def load(dataset, split="all", **options):
@@ -141,7 +151,10 @@ CASES = {
         "train/cat*10 train/dog*10 test/", {"train": 18, "test": 2}, "cat dog", ["test holds no images"],
     ),
     "a training split alone": ("train/cat*10 train/dog*10", {"train": 18, "test": 2}, "cat dog", []),
-    "a class called train": ("train*3 car*3 bus*3", {"all": 9}, "bus car train", []),
+    "a class called train": ("train*3 car*3 bus*3", {"all": 9}, "bus car train", ["train is taken for a class"]),
+    "a split beside another folder": (
+        "train/cat*3 train/dog*3 unlabeled*2", {"all": 8}, "train unlabeled", ["train is taken for a class, no split"],
+    ),
     "outside of the splits": (
         "train/cat*4 test/cat*2 masks*3 top.png", {"train": 4, "test": 2}, "cat", ["4 images outside"],
     ),
@@ -208,7 +221,7 @@ LABELLED = [["00000/cat0.png", 1], ["00000/cat1.png", 1], ["00001/dog0.png", 0]]
 TREE = "00000/cat0.png 00000/cat1.png 00001/dog0.png"
 
 
-@pytest.mark.parametrize("kind", [as_folder, as_zip])
+@pytest.mark.parametrize("kind", [as_folder, as_zip, as_tar])
 @pytest.mark.parametrize("root", ["", "ffhq/"])
 @pytest.mark.parametrize(
     ("manifest", "labels", "words"),
@@ -246,6 +259,73 @@ def test_dataset_json_of_one_sub_folder(tmp_path):
 def test_dataset_json_that_fails(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         load(as_folder(tmp_path, files_of(TREE) | {"dataset.json": content.encode()}))
+
+
+SPLIT = "train/cat0.png train/cat1.png train/dog2.png test/cat3.png test/dog4.png"
+FLAT = " ".join(name.partition("/")[2] for name in SPLIT.split())
+# situation: (images, {table: rows}, {split: classes or numbers}, a word that is told)
+TABLES = {
+    "numbers": (FLAT, {"labels.csv": "filename,label\ncat0.png,7\ncat1.png,7\ndog2.png,0\ncat3.png,7\ndog4.png,0\n"},
+        {"all": [7, 7, 7, 0, 0]}, "labels by labels.csv"),
+    "names, without suffix, of Windows": (
+        FLAT, {"labels.csv": "\ufeffid,breed\r\ncat0,cat\r\ncat1,cat\r\ndog2,dog\r\ncat3,cat\r\ndog4,dog\r\n"},
+        {"all": ["cat", "cat", "cat", "dog", "dog"]}, "labels.csv"),
+    "Kaggle's": (
+        SPLIT, {"trainLabels.csv": "id,label\ncat0,cat\ncat1,cat\ndog2,dog\n", "sampleSubmission.csv": "id,label\n"},
+        {"train": ["cat", "cat", "dog"], "test": None}, "1 .csv"),
+    "of each split": (
+        SPLIT, {"train/labels.csv": "image,x,class\ncat0.png,,cat\ncat1.png,,cat\ndog2.png,,dog\n",
+                "test/labels.csv": "image,class\ndog4.png,dog\ncat3.png,cat\n"},
+        {"train": ["cat", "cat", "dog"], "test": ["cat", "dog"]}, "labels by test/labels.csv"),
+    "which name the splits": (
+        FLAT, {"train.csv": "filename,label\ncat0.png,1\ndog2.png,3\n", "test.csv": "filename,label\ndog4.png,3\n"},
+        {"train": [1, 3], "test": [3]}, "2 images outside of the splits"),
+    "paths in a folder beside": (
+        "images/cat.png images/dog.png", {"metadata.csv": "file_name,label\nimages/cat.png,1.0\nimages/dog.png,2.0\n"},
+        {"all": [1, 2]}, "labels by metadata.csv"),
+    "of Excel": (FLAT, {"labels.csv": "filename;label\r\n" + "".join(f"{name};2\r\n" for name in FLAT.split())},
+        {"all": [2] * 5}, "labels by labels.csv"),
+    "captions": ("cat/0.png dog/0.png", {"metadata.csv": "file_name,text\ncat/0.png,a cat\ndog/0.png,a dog\n"},
+        {"all": ["cat", "dog"]}, "no columns `filename` and `label`: passed over"),
+    "of other images": ("set/cat/0.png set/dog/0.png", {"labels.csv": "filename,label\n1.png,5\n"},
+        {"all": ["cat", "dog"]}, "names none of the images"),
+    "WebDataset": ("00.cat.png 01.dog.png", {"00.cls": "3", "01.cls": "4\n"}, {"all": [3, 4]}, "labels by .cls files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [as_folder, as_tar])
+@pytest.mark.parametrize("case", TABLES)
+def test_tables_of_labels(tmp_path, case, kind):
+    images, tables, splits, word = TABLES[case]
+    where = kind(tmp_path, files_of(images) | {name: rows.encode() for name, rows in tables.items()})
+    for split, labels in splits.items():
+        images = load(where, split)
+        batch = everything(images)
+        found = batch["label"].tolist() if "label" in batch else None
+        assert (found if None in (found, images.classes) else [images.classes[i] for i in found]) == labels
+        assert word in " ".join(images.notes)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"labels.csv": b"filename,label\ncat0.png,1\n"}, r"labels.csv gives cat1.png no label"),
+        ({"labels.csv": b"id,label\ncat0,1\ncat1,\n"}, "gives cat1.png no label"),
+        ({"labels.csv": b"id,label\ncat0,1\ncat0,2\ncat1,1\n"}, "gives cat0 two labels, 1 and 2"),
+        ({"labels.csv": b"id,label\ncat0,0.5\ncat1,1\n"}, "gives the label 0.5, expected whole numbers"),
+        ({"labels.csv": b"id,label\ncat0,-1\ncat1,1\n"}, "gives the label -1, expected whole numbers"),
+        ({"labels.csv": b"id,label\ncat0\n"}, "rows of fewer columns"),
+        ({"labels.csv": b""}, "not a table in CSV"),
+        ({"labels.csv": b"\xff\xfe\0"}, "not a table in CSV"),
+        ({"cat0.cls": b"1"}, r"cat1.cls is 'absent', expected the number of a class"),
+        ({"cat0.cls": b"1", "cat1.cls": b"cat"}, r"cat1.cls is 'cat'"),
+        ({"train/0.png": encoded(9), "train/0.cls": b"1", "test/cat/0.png": encoded(9)}, "numbers, others' are names"),
+    ],
+)
+def test_tables_that_fail(tmp_path, files, message):
+    images = {} if "train/0.png" in files else files_of("cat0.png cat1.png")
+    with pytest.raises(UserError, match=message):
+        load(as_folder(tmp_path, images | files))
 
 
 # ------------------------------------------------------------------------------------------------ one image
@@ -490,6 +570,7 @@ IDX = {  # whose: (name of training images, of their labels, of test images, lab
         "qmnist-train-images-idx3-ubyte.gz", "qmnist-train-labels-idx2-int.gz",
         "qmnist-test-images-idx3-ubyte.gz", ROWS,
     ),
+    "KMNIST": ("kmnist-train-imgs.npz", "kmnist-train-labels.npz", "kmnist-test-imgs.npz", None),
     "a folder of its own for each file": (
         "a/train-images-idx3-ubyte", "b/train-labels-idx1-ubyte", "c/t10k-images-idx3-ubyte", None,
     ),
@@ -505,6 +586,9 @@ def test_idx_by_every_name(tmp_path, case):
     for name, content in ((train, idx(DIGITS)), (labels, numbers), (test, idx(DIGITS[:2]))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        if name.endswith(".npz"):
+            values = {train: DIGITS, labels: np.arange(6, dtype=np.uint8), test: DIGITS[:2]}
+            np.savez(tmp_path / name, values[name])
     batch = everything(load(tmp_path, "train"))
     upright = DIGITS.transpose(0, 2, 1) if case == "EMNIST" else DIGITS
     np.testing.assert_array_equal(batch["image"][..., 0], upright)
@@ -522,6 +606,15 @@ def test_several_idx_sets_in_one_folder(tmp_path):
         (tmp_path / f"emnist-{name}-train-images-idx3-ubyte").write_bytes(idx(DIGITS))
     with pytest.raises(UserError, match=r"several data sets \(emnist-digits, emnist-letters\): give a folder"):
         load(tmp_path, "train")
+
+
+def test_labels_that_begin_at_1_are_told(tmp_path):
+    """As those of EMNIST's letters do; they stay, as elsewhere in the field."""
+    (tmp_path / "emnist-letters-train-images-idx3-ubyte").write_bytes(idx(DIGITS))
+    (tmp_path / "emnist-letters-train-labels-idx1-ubyte").write_bytes(idx(np.arange(1, 7, dtype=np.uint8)))
+    images = load(tmp_path, "all")
+    np.testing.assert_array_equal(everything(images)["label"], np.arange(1, 7))
+    assert "labels are 1 to 6: no image is of class 0, and there are 7 classes" in " ".join(images.notes)
 
 
 # ------------------------------------------------------------------------------------------------ CIFAR
@@ -629,6 +722,13 @@ def test_cifar_that_is_damaged(tmp_path, name, content, message):
         load(tmp_path, "train", image_size=32, num_channels=3)
 
 
+@pytest.mark.parametrize("name", ["cifar-10-batches-py.tar.gz", "CIFAR-100-python.tgz", "cifar-10-binary.tar"])
+def test_names_of_the_archives_of_cifar(tmp_path, name):
+    """Keras calls them as the folder inside."""
+    (tmp_path / name).touch()
+    assert cifar.is_archive(tmp_path / name)
+
+
 def test_an_archive_that_promises_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "MOST_BYTES", 1000)
     with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
@@ -659,11 +759,65 @@ def test_zip_that_is_damaged(tmp_path, change, message):
 
 
 def test_zip_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr("score_sde.sources.trees.MAX_ENCODED", 1000)
+    monkeypatch.setattr("score_sde.sources.archives.MAX_ENCODED", 1000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("0.png", bytes(10**6))
     with pytest.raises(UserError, match="promises 1000000 bytes"):
         load(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tgz", ".tar.bz2", ".tar.xz"])
+def test_tar(tmp_path, suffix):
+    where = as_tar(tmp_path, {"set/": None} | files_of("set/cat*3 set/dog*2 set/.x.png"), suffix)
+    check(where, {"all": 5, "train": 5}, "cat dog", ["1 hidden"])
+
+
+def test_tar_with_links_and_paths_upward(tmp_path):
+    """They are passed over; of a file that was added twice the last counts."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind, value in (
+            ("cat/0.png", tarfile.REGTYPE, 1),
+            ("cat/0.png", tarfile.REGTYPE, 2),
+            ("/cat/1.png", tarfile.REGTYPE, 3),
+            ("../cat/2.png", tarfile.REGTYPE, 4),
+            ("cat/../../3.png", tarfile.REGTYPE, 5),
+            ("cat/4.png", tarfile.SYMTYPE, 0),
+            ("cat/5.png", tarfile.LNKTYPE, 0),
+            ("cat/6.png", tarfile.FIFOTYPE, 0),
+        ):
+            info, content = tarfile.TarInfo(name), encoded(value) if kind == tarfile.REGTYPE else b""
+            info.type, info.size, info.linkname = kind, len(content), "/etc/passwd"
+            archive.addfile(info, io.BytesIO(content))
+    images = load(tmp_path / "a.tar")
+    assert everything(images)["image"][:, 0, 0, 0].tolist() == [2, 3]
+    assert "2 path upward" in " ".join(images.notes)
+    assert "3 link" in " ".join(images.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[:700], "is not a readable tar archive: unexpected end of data"),
+        (lambda content: b"", "is not a readable tar archive"),
+        (lambda content: content[:1024] + b"?" * 512 + content[1536:], "damaged in the middle, at byte 1024"),
+        (lambda content: gzip.compress(content)[:90], "is not a readable tar archive"),
+        (lambda content: content.replace(encoded(5)[20:60], bytes(40)), r"a\.tar/0\.png is not a readable image"),
+    ],
+)
+def test_tar_that_is_damaged(tmp_path, change, message):
+    as_tar(tmp_path, files_of("0.png 1.png"))
+    (tmp_path / "a.tar").write_bytes(change((tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "a.tar")
+
+
+def test_tar_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_UNPACKED", 10**5)
+    with pytest.raises(UserError, match="unpacks to more than 100000 bytes"):
+        load(as_tar(tmp_path, {"0.png": bytes(10**6)}, ".tgz"))
+    monkeypatch.setattr(archives, "MAX_ENCODED", 1000)
+    with pytest.raises(UserError, match="has 2000 bytes: more than 1000 are not read"):
+        load(as_tar(tmp_path, {"0.png": bytes(2000)}))
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -714,7 +868,7 @@ def test_folders_that_are_refused(tmp_path, files, split, message):
         load(as_folder(tmp_path, files_of(files)), split)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tar", "a.rar", "photo.png"])
+@pytest.mark.parametrize("name", ["a.csv", "a.7z", "a.rar", "photo.png"])
 def test_files_that_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match="unpack other archives, and put single images into a folder"):

@@ -152,6 +152,8 @@ def _widths(fields) -> set[int]:
 def export(model: runs.Model, path: str):
     """Write a run's averaged parameters as arrays that PyTorch loads by name."""
     files.check_writable(pathlib.Path(path).parent)
+    if pathlib.Path(path).is_dir():
+        raise UserError(f"--export={path} is a folder: name the file to write, as in --export={path}/weights.npz")
     if pathlib.Path(path).is_file():
         raise UserError(f"{path} is there already: choose another --export, or delete it")
     arrays = to_torch(model.params, build.network_of(model.config), model.diffusion.space.shape)

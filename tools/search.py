@@ -2,6 +2,7 @@
 
     python -m tools.search --steps=5 [--solver=dpmv3] [--workdir=runs/digits] [--option order=2]
     python -m tools.search --steps=5 --learn --minutes=20
+    python -m tools.search --steps=5 --guidance=2 [--classifier=WORKDIR | --autoguidance=STEP]       as it is guided
     python sample.py --tableau=runs/digits/solvers/step3000-dpmv3-5.json
 
 What is minimised is the RMS distance to the fine solution of the ODE over some noises: first over the solver's options,
@@ -22,7 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import measuring, program, quality, runs, samplers
+from ems import statistics
+from experiments import guides, measuring, program, quality, runs, samplers
 from experiments import report as reports
 from experiments.config import shown
 from score_sde import VERSION, files, parallel
@@ -48,11 +50,14 @@ MINUTES = flags.DEFINE_float("minutes", 10.0, "The search stops here at the late
 SEED = program.seed_flag("Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
 LEARN = flags.DEFINE_bool("learn", False, "Learn corrections of the best table too, within the same minutes.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Search for the model guided with this scale.")
+CLASSIFIER = program.path_flag("classifier", None, "The run folder of a classifier that guides.")
+AUTOGUIDANCE = program.path_flag("autoguidance", None, "An earlier step or a weaker model's run folder, which guides.")
 
 
 def main():
+    model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
     path, held_out = search(
-        runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at()),
+        model,
         SOLVER.value,
         STEPS.value,
         samplers.parse_options(OPTION.value),
@@ -61,6 +66,7 @@ def main():
         minutes=MINUTES.value,
         seed=SEED.value,
         guidance=Guidance(GUIDANCE.value),
+        beside=guides.guide_of(model, classifier=CLASSIFIER.value, autoguidance=AUTOGUIDANCE.value),
         learn=LEARN.value,
     )
     how = f"over {NOISES.value} other noises, {SOLVER.value} in {STEPS.value} evaluations"
@@ -81,6 +87,7 @@ def search(
     minutes: float = 10.0,
     seed: int = 0,
     guidance: Guidance = measuring.NONE,
+    beside: runs.Guide | None = None,
     learn: bool = False,
 ) -> tuple[pathlib.Path, dict[str, float]]:
     """Write what is found: (the file, the distance on other noises of each table that was made, by name).
@@ -88,20 +95,22 @@ def search(
     The tables are the published one, that on the best grid, the searched one, and the learned one.
 
     given: options to hold fixed; guidance: of the model that is searched for; without, it is the model alone.
+    beside: what guides with parameters of its own, if anything.
     learn: spend half of the time on corrections of the searched table.
     """
     # ------------------------------------------------------------------------------ what to search
     files.check_writable(model.results / "solvers")
-    ems = measuring.ems_of(model, ems_path, guidance) if solver == "dpmv3" else None
-    diffusion = runs.with_guidance(model, guidance).diffusion
-    if guidance.scale is None:
+    ems = measuring.ems_of(model, ems_path, guidance, beside) if solver == "dpmv3" else None
+    guided = runs.with_guidance(model, guidance, beside=beside)
+    diffusion, (scale, guided_by) = guided.diffusion, guides.bent_by(guidance, beside)
+    if guidance.scale is None and beside is None:
         diffusion = diffusion._replace(conditions=lambda index: None)
     sde = diffusion.sde
     build = functools.partial(samplers.build_tableau, sde, solver, steps, ems)
     published, _ = build(**given)
     fine = dpm_solver_pp(sde, model.config.eval.fine_steps, order=2)
     index = np.arange(parallel.round_up(noises))
-    searching, judging = (Trajectories(diffusion, model.params, each, index, fine) for each in (seed + 1, seed))
+    searching, judging = (Trajectories(diffusion, guided.params, each, index, fine) for each in (seed + 1, seed))
     seconds = 30 * minutes if learn else 60 * minutes  # of the search, before anything is learned
     deadline = time.monotonic() + seconds
 
@@ -150,9 +159,12 @@ def search(
         steps=steps,
         options=options,
         checkpoint=model.identity,
-        asked=features.fingerprint(given, guidance.scale, noises, seed, ems_path),
-        guidance_scale=guidance.own_scale,
-        guided_by=None,
+        sde=statistics.describe_sde(sde),
+        asked=features.fingerprint(
+            given, guidance.scale, noises, seed, ems_path, *([] if beside is None else [guided_by])
+        ),
+        guidance_scale=scale,
+        guided_by=guided_by,
         corrections=found and {name: values.tolist() for name, values in found.corrections._asdict().items()},
         learned_by=found and dict(loss=["pixels", *([network.name] if network else [])], held_out=found.held_out),
         held_out_rms=held_out,
@@ -162,8 +174,8 @@ def search(
         command=" ".join(sys.argv),
         score_sde=VERSION,
     )
-    guided = "" if guidance.scale is None else f"-guidance{guidance.scale:g}"
-    path = model.results / "solvers" / f"step{model.step}-{solver}-{steps}{guided}{'-learned' if learn else ''}.json"
+    name = f"step{model.step}-{solver}-{steps}{samplers.guided_name(scale, guided_by)}{'-learned' if learn else ''}"
+    path = model.results / "solvers" / f"{name}.json"
     path = reports.beside(path, record, ("checkpoint", "asked"))
     files.write(path, json.dumps(record, indent=2) + "\n")
     return path, held_out

@@ -242,6 +242,11 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def hash_of(*arrays: np.ndarray) -> str:
+    """Eight digits of a hash of arrays."""
+    return fingerprint(*(hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays))
+
+
 def frechet(found: Measured, reference: Statistics) -> float:
     """The Frechet distance of images to a data set."""
     moments = found.moments

@@ -14,7 +14,7 @@ import numpy as np
 
 from score_sde.data import Images, gather, permutation
 from score_sde.errors import UserError
-from score_sde.sources import arrays, cifar, hubs, trees
+from score_sde.sources import archives, arrays, cifar, hubs, trees
 from score_sde.sources.pictures import FORMATS, RESIZE_RULES, SUFFIXES, DamagedImage, decode, fit, patiently
 from score_sde.sources.raw import Raw, Source, concatenate, from_arrays, is_hidden, split_called, subset
 
@@ -224,12 +224,9 @@ def read_npy_folder(path: Path, near: list[Path]) -> Source:
     return arrays.from_named({name: arrays.map_npy(file) for name, file in named.items()}, str(path))
 
 
-def read_idx(path: Path, near: list[Path]) -> Source:
+def read_mnist(path: Path, near: list[Path]) -> Source:
     """Every part in a folder; a file alone, with the labels beside it."""
-    if path.is_dir():
-        return arrays.from_idx(near, str(path))
-    source = arrays.from_idx([path, *sorted(path.parent.glob("*[-_]labels[-.]idx*"))], str(path))
-    return source._replace(splits={"train": next(iter(source.splits.values()))})
+    return arrays.from_mnist(near, str(path)) if path.is_dir() else arrays.from_mnist_file(path)
 
 
 READERS = (
@@ -243,7 +240,7 @@ READERS = (
         lambda path, near: bool(cifar.batches(near)),
         lambda path, near: cifar.from_batches(cifar.batches(near), str(path)),
     ),
-    Reader("*-images-idx3-ubyte[.gz]", lambda path, near: any(map(arrays.is_idx_images, near)), read_idx),
+    Reader("*-images-idx3-ubyte[.gz]", lambda path, near: any(map(arrays.is_mnist, near)), read_mnist),
     Reader(".npz", has_suffix(".npz"), lambda path, near: arrays.from_npz(path)),
     Reader(".npy", has_suffix(".npy"), lambda path, near: arrays.from_npy(path)),
     Reader("a folder of .npy", lambda path, near: path.is_dir() and bool(arrays.npy_files(near)), read_npy_folder),
@@ -252,10 +249,27 @@ READERS = (
         lambda path, near: bool(parquet_files(near)),
         lambda path, near: hubs.from_parquet(parquet_files(near), str(path)),
     ),
-    Reader("a .zip of images", has_suffix(".zip"), lambda path, near: trees.from_zip(path)),
+    Reader("a .zip of images", has_suffix(".zip"), lambda path, near: archives.from_zip(path)),
+    Reader(
+        "a .tar[.gz] of images", lambda path, near: archives.is_tar(path), lambda path, near: archives.from_tar(path)
+    ),
     Reader("a folder of images", lambda path, near: path.is_dir(), lambda path, near: trees.from_folder(path)),
 )
-PATH_SUFFIXES = (".npz", ".npy", ".zip", ".parquet", ".gz", ".tgz", ".tar", ".bin", *SUFFIXES)
+PATH_SUFFIXES = (
+    ".npz",
+    ".npy",
+    ".zip",
+    ".parquet",
+    ".gz",
+    ".bin",
+    ".bz2",
+    ".xz",
+    ".tgz",
+    ".tbz2",
+    ".txz",
+    ".tar",
+    *SUFFIXES,
+)
 RUN = "config.json"  # in a folder of that name is a run, no data set
 
 

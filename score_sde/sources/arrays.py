@@ -1,10 +1,10 @@
-"""Images as arrays in files: .npz and .npy of many tools, and IDX under the names that it is published by."""
+"""Images as arrays in files: .npz and .npy of many tools, and MNIST's kin under their published names."""
 
 import gzip
 import math
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +47,18 @@ def from_named(arrays: Mapping[str, np.ndarray], where: str, others: Collection[
     over = sorted({*arrays, *others} - used)
     if over:
         notes.append(f"{where}: passed over {', '.join(over[:8])}{', ...' if over[8:] else ''}")
+    return Source(splits, notes=(*notes, *_oddities(splits, where)))
+
+
+def _oddities(splits: Mapping[str, Raw], where: str) -> list[str]:
+    """What is odd about images or labels, and yet may be meant."""
+    notes, labels = [], [raw.arrays["label"] for raw in splits.values() if "label" in raw.arrays and raw.size]
     if any(map(dark, splits.values())):
         notes.append(f"{where}: its levels are 0 and 1 of 0..255, which is all but black: save images * 255")
-    return Source(splits, notes=tuple(notes))
+    if labels and min(numbers.min() for numbers in labels) > 0:
+        least, most = min(numbers.min() for numbers in labels), max(numbers.max() for numbers in labels)
+        notes.append(f"{where}: labels are {least} to {most}: no image is of class 0, and there are {most + 1} classes")
+    return notes
 
 
 def from_npz(path: Path) -> Source:
@@ -83,66 +92,82 @@ def npy_files(folder_files: list[Path]) -> dict[str, Path]:
     return named if set(named) & set(NAMES) else {}
 
 
-# ------------------------------------------------------------------------------------------------ IDX
+# ------------------------------------------------------------------------------------------------ MNIST and its kin
 
 # MNIST and Fashion-MNIST: train-images-idx3-ubyte, in some archives train-images.idx3-ubyte; EMNIST:
-# emnist-balanced-train-images-idx3-ubyte; QMNIST: qmnist-train-labels-idx2-int, whose first column is the digit.
-_NAME = re.compile(
-    r"(?P<set>(?:.*[-_])?)(?P<part>[^-_]+)-(?P<what>images|labels)[-.]idx(?P<rank>[123])-(?P<type>ubyte|int)(?:\.gz)?",
-    re.IGNORECASE,
-)
+# emnist-balanced-train-images-idx3-ubyte; QMNIST: qmnist-train-labels-idx2-int, whose first column is the digit; KMNIST
+# also kmnist-train-imgs.npz and kmnist-train-labels.npz, each with an arr_0.
+_IDX = r"[-.]idx(?P<rank>[123])-(?P<type>ubyte|int)(?:\.gz)?"
+_NAME = re.compile(rf"(?P<set>(?:.*[-_])?)(?P<part>[^-_]+)-(?P<what>images|imgs|labels)(?:{_IDX}|\.npz)", re.IGNORECASE)
 _TYPES = {"ubyte": (8, np.dtype(np.uint8)), "int": (12, np.dtype(">i4"))}  # IDX's code of it
 
 
-class _Idx(NamedTuple):
+class _File(NamedTuple):
     path: Path
     set: str  # whose it is, such as "emnist-balanced"; empty for MNIST
     part: str  # of it, such as "t10k"
-    what: str  # "images" or "labels"
+    images: bool  # or labels
 
 
-def idx_files(paths: list[Path]) -> list[_Idx]:
-    """The IDX files among these, told by name."""
+def _named(paths: Iterable[Path]) -> list[_File]:
+    """The files of MNIST's kin among these, told by name."""
     matches = [(path, _NAME.fullmatch(path.name)) for path in paths]
-    named = [(path, match.group) for path, match in matches if match]
     return [
-        _Idx(path, group("set").strip("-_").lower(), group("part").lower(), group("what").lower())
-        for path, group in named
+        _File(path, match["set"].strip("-_").lower(), match["part"].lower(), match["what"].lower() != "labels")
+        for path, match in matches
+        if match
     ]
 
 
-def is_idx_images(path: Path) -> bool:
-    return any(file.what == "images" for file in idx_files([path]))
+def is_mnist(path: Path) -> bool:
+    """Whether a file is called as the images of MNIST's kin are."""
+    return any(file.images for file in _named([path]))
 
 
-def from_idx(paths: list[Path], where: str, part: str | None = None) -> Source:
-    """The images among IDX files, and the labels that belong to them; part: of that one alone."""
-    named = idx_files(paths)
-    images = [file for file in named if file.what == "images" and part in (None, file.part)]
+def from_mnist(paths: Iterable[Path], where: str) -> Source:
+    """The images among files of MNIST's kin, and the labels that belong to them."""
+    named = _named(paths)
+    images = [file for file in named if file.images]
     sets = sorted({file.set for file in images})
     if len(sets) > 1:
         raise UserError(f"{where} holds several data sets ({', '.join(sets)}): give a folder with the files of one")
-    labels = {(file.set, file.part): file.path for file in reversed(named) if file.what == "labels"}
+    labels = {(file.set, file.part): file.path for file in reversed(named) if not file.images}
     splits, notes = {}, []
     for file in images:
         split = split_called(file.part) or file.part
         if split not in splits:  # packed and unpacked files may lie side by side
-            splits[split] = _idx_split(file, labels.get((file.set, file.part)))
+            splits[split] = _split(file, labels.get((file.set, file.part)))
             if (file.set, file.part) not in labels:
                 notes.append(f"{file.path}: no labels beside it")
     if sets[0].startswith("emnist"):
         notes.append(f"{where}: EMNIST's files hold images transposed, rows for columns; they are turned upright")
-    return Source(splits, notes=tuple(notes))
+    return Source(splits, notes=(*notes, *_oddities(splits, where)))
 
 
-def _idx_split(file: _Idx, labels: Path | None) -> Raw:
-    images = read_idx(file.path)
+def from_mnist_file(path: Path) -> Source:
+    """The images of one file, and the labels beside it."""
+    labels = (file for file in sorted(path.parent.glob("*labels*")) if file.is_file())
+    source = from_mnist([path, *labels], str(path))
+    return source._replace(splits={"train": next(iter(source.splits.values()))})
+
+
+def _split(file: _File, labels: Path | None) -> Raw:
+    images = _array(file.path)
     if file.set.startswith("emnist"):
         images = np.ascontiguousarray(images.transpose(0, 2, 1))
-    numbers = None if labels is None else read_idx(labels)
+    numbers = None if labels is None else _array(labels)
     if numbers is not None and numbers.ndim == 2:
         numbers = numbers[:, 0]
     return from_arrays(images, numbers, str(file.path))
+
+
+def _array(path: Path) -> np.ndarray:
+    if path.suffix.lower() != ".npz":
+        return read_idx(path)
+    try:
+        return files.load_npz(path, {"arr_0"})["arr_0"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a readable .npz with one array, arr_0: {one_line(error)}") from error
 
 
 def read_idx(path: Path) -> np.ndarray:

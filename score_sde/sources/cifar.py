@@ -23,7 +23,7 @@ _KINDS = (
 _NAME = re.compile(
     rf"{_BATCH}(\.bin)?|test_batch(\.bin)?|batches\.meta(\.txt)?|(train|test)(\.bin)?|meta|fine_label_names\.txt"
 )
-_ARCHIVE = re.compile(r"cifar-100?-(python|binary)\.tar(\.gz)?|cifar-100?-(python|binary)\.tgz", re.IGNORECASE)
+_ARCHIVE = re.compile(r"cifar-100?-(python|binary|batches-py|batches-bin)(\.tar|\.tar\.gz|\.tgz)", re.IGNORECASE)
 MOST_BYTES = 2**29  # of an archive's files; those of CIFAR are 0.2 GB
 _PIXELS = 3 * 32 * 32
 

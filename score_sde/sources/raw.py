@@ -41,6 +41,21 @@ class Source(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+Parts = tuple[str, ...]  # a path within a tree
+MAX_ENCODED = 2**28  # bytes of one file of an archive, which may promise anything
+
+
+class Tree(NamedTuple):
+    """Files that may be data, in the order of their paths, and what else was met."""
+
+    root: str
+    files: list[Parts]
+    folders: set[Parts]
+    read: Callable[[Parts], bytes]
+    length: Callable[[Parts], int]
+    passed: Counter  # what was passed over, by kind
+
+
 # What people call a split; "t10k" is MNIST's.
 SPLITS = {
     "train": ("train", "training"),

@@ -1,38 +1,16 @@
-"""Images as files of a folder or of a zip archive: which are data, of what split, and of what class."""
+"""Images as files of a folder or of an archive: which are data, of what split, and of what class."""
 
-import json
 import os
-import stat
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from score_sde import files
-from score_sde.errors import UserError, one_line
-from score_sde.sources import pictures
-from score_sde.sources.pictures import DamagedImage
-from score_sde.sources.raw import Raw, Source, count_line, is_hidden, split_called
+from score_sde.errors import UserError
+from score_sde.sources import manifests, pictures
+from score_sde.sources.manifests import Table, Told
+from score_sde.sources.raw import Parts, Raw, Source, Tree, count_line, is_hidden, split_called
 
-Parts = tuple[str, ...]  # a path within a tree
-MANIFEST = "dataset.json"  # of StyleGAN's and EDM's dataset tools
-MAX_ENCODED = 2**28  # bytes of one file of an archive, which may promise anything
-
-
-class Tree(NamedTuple):
-    """Files that may be data, in the order of their paths, and what else was met."""
-
-    root: str
-    files: list[Parts]
-    folders: set[Parts]
-    read: Callable[[Parts], bytes]
-    length: Callable[[Parts], int]
-    passed: Counter  # what was passed over, by kind
-
-
-# ------------------------------------------------------------------------------------------------ folders and archives
+# ------------------------------------------------------------------------------------------------ folders
 
 
 def from_folder(folder: Path) -> Source:
@@ -75,46 +53,6 @@ def _inode(entry) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def from_zip(path: Path) -> Source:
-    """The images of a zip archive, read without unpacking; a folder that holds all of them is the data set's own."""
-    try:
-        archive, size = zipfile.ZipFile(path), path.stat().st_size
-        infos = [info for info in archive.infolist() if not info.is_dir()]
-    except Exception as error:  # zipfile raises several types on a damaged file
-        raise UserError(f"{path} is not a readable zip archive: {one_line(error)}") from error
-    members, passed = {}, Counter()
-    for info in infos:
-        parts = tuple(part for part in info.filename.replace("\\", "/").split("/") if part)
-        if any(map(is_hidden, parts)):
-            passed["hidden"] += 1
-        elif parts and not stat.S_ISLNK(info.external_attr >> 16):
-            members[parts] = info
-        else:
-            passed["link"] += 1
-    tops = {parts[0] for parts in members}
-    if len(tops) == 1 and all(len(parts) > 1 for parts in members):
-        members = {parts[1:]: info for parts, info in members.items()}
-    folders = {parts[:depth] for parts in members for depth in range(1, len(parts))}
-
-    def read(parts: Parts) -> bytes:
-        info, where = members[parts], f"{path}/{'/'.join(parts)}"
-        if info.flag_bits & 1:
-            raise UserError(f"{where} is encrypted: make an archive without a password")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"{where} is compressed by another method than deflate: unpack it and zip it again")
-        inside = 0 <= info.header_offset < size and info.compress_size <= size
-        if not inside or info.file_size > files.MOST_DEFLATED * info.compress_size:
-            raise DamagedImage(f"{where} is damaged: it promises more than the archive holds")
-        if info.file_size > MAX_ENCODED:
-            raise UserError(f"{where} promises {info.file_size} bytes: more than {MAX_ENCODED} are not read")
-        try:
-            return archive.read(info)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-            raise DamagedImage(f"{where} is damaged: {one_line(error)}") from error
-
-    return of_tree(Tree(str(path), sorted(members), folders, read, lambda parts: members[parts].file_size, passed))
-
-
 # ------------------------------------------------------------------------------------------------ what they mean
 
 
@@ -123,42 +61,49 @@ def of_tree(tree: Tree) -> Source:
 
     Folders that people call train, valid, test and the like are splits if there are two of them, or nothing beside one.
     The sub-folders of a split, sorted, are the classes, numbered over all splits; a split with images that are in none
-    of them has no labels. Folders that hold nothing but one other are looked through. A dataset.json beside the images
-    decides the labels in the place of folders.
+    of them has no labels. Folders that hold nothing but one other are looked through. Files of labels beside the images
+    decide in the place of folders (manifests.py).
     """
-    images, passed = [], Counter(tree.passed)
+    images, others = [], []
     for parts in tree.files:
-        suffix = os.path.splitext(parts[-1])[1].lower()
-        if suffix in pictures.SUFFIXES:
-            images.append(parts)
-        elif parts[-1] != MANIFEST:
-            passed[suffix or "without a suffix"] += 1
+        (images if _suffix(parts) in pictures.SUFFIXES else others).append(parts)
+    tables, notes = manifests.tables(tree, images)
+    known = {parts for parts in others if parts[-1] == manifests.JSON} | {table.file for table in tables}
+    known |= {manifests.beside(parts) for parts in images}
+    passed = Counter(tree.passed) + Counter(
+        _suffix(parts) or "without a suffix" for parts in others if parts not in known
+    )
     if not images:
         over = f"; passed over: {count_line(passed)}: {_remedy(passed)}" if passed else ""
         raise UserError(f"{tree.root} holds no images ({', '.join(pictures.SUFFIXES)}){over}")
 
-    manifests = {parts[:-1] for parts in tree.files if parts[-1] == MANIFEST}
-    base = _looked_through(images, manifests)
-    parts_of, notes = _by_split(tree, images, base, base in manifests)
+    jsons = {parts[:-1] for parts in others if parts[-1] == manifests.JSON}
+    base = _looked_through(images, jsons | {table.file[:-1] for table in tables})
+    parts_of, said = _by_split(tree, images, base, base in jsons)
+    parts_of = _by_table(parts_of, tables)
     outside = len(images) - sum(map(len, parts_of.values()))
     if outside:
         passed["images outside of the splits"] += outside
-    splits, names = {}, set()
+    notes += said
+    splits, files = {}, set(others)
     for split, paths in parts_of.items():
-        manifest, said = _manifest(tree, paths, manifests)
+        told, said = _told(tree, split, paths, jsons, tables, files)
         notes += said
-        named = None if manifest else _class_names(paths)
-        if named is None and not manifest and any(len(rest) > 1 for rest in paths.values()):
-            notes.append(f"{tree.root} ({split}): no labels, since some images are in no class folder")
-        splits[split] = (paths, manifest, named)
-        names |= set(named or ())
+        if told is None:
+            told = Told(names=_class_names(paths))
+            if told.names is None and any(len(rest) > 1 for rest in paths.values()):
+                notes.append(f"{tree.root} ({split}): no labels, since some images are in no class folder")
+        splits[split] = told
+    names = {name for told in splits.values() for name in told.names or ()}
+    if names and any(told.numbers for told in splits.values()):
+        raise UserError(f"{tree.root}: some splits' labels are numbers, others' are names: give them in one way")
     classes = tuple(sorted(names)) or None
     number = {name: label for label, name in enumerate(classes or ())}
     raws = {}
-    for split, (paths, manifest, named) in splits.items():
-        labels = manifest.labels if manifest else named and [number[name] for name in named]
-        raws[split] = _raw(tree, list(paths), labels)
-        absent = sorted(names - set(named or names))
+    for split, told in splits.items():
+        labels = [number[name] for name in told.names] if told.names else told.numbers
+        raws[split] = _raw(tree, list(parts_of[split]), labels)
+        absent = sorted(names - set(told.names or names))
         if absent:
             notes.append(f"{tree.root} ({split}): no images of {', '.join(absent[:8])}{', ...' if absent[8:] else ''}")
     if passed:
@@ -166,10 +111,45 @@ def of_tree(tree: Tree) -> Source:
     return Source(raws, classes, tuple(notes))
 
 
+def _suffix(parts: Parts) -> str:
+    return os.path.splitext(parts[-1])[1].lower()
+
+
+def _told(
+    tree: Tree, split: str, paths: dict[Parts, Parts], jsons: set[Parts], tables: list[Table], files: set[Parts]
+) -> tuple[Told | None, list[str]]:
+    """What files of labels say of a split's images, None where there is none; and notes. Tables nearer to them win."""
+    parts, inner = next(iter(paths.items()))
+    root = parts[: len(parts) - len(inner)]
+    if root in jsons:
+        return manifests.of_json(tree, paths, root)
+    above = [
+        table for table in tables if table.split in (None, split) and root[: len(table.file) - 1] == table.file[:-1]
+    ]
+    for table in sorted(above, key=lambda table: len(table.file), reverse=True):
+        if any(map(table.label, paths)):
+            return manifests.of_table(table, paths), [f"{tree.root} ({split}): labels by {'/'.join(table.file)}"]
+    if any(manifests.beside(parts) in files for parts in paths):
+        return manifests.of_cls(tree, paths, files), [f"{tree.root} ({split}): labels by {manifests.CLS} files"]
+    return None, []
+
+
+def _by_table(parts_of: dict[str, dict[Parts, Parts]], tables: list[Table]) -> dict[str, dict[Parts, Parts]]:
+    """The splits that tables such as train.csv and test.csv name where folders name none."""
+    if set(parts_of) != {"train"} or not any(table.split for table in tables):
+        return parts_of
+    (paths,) = parts_of.values()
+    named = {table.split: {} for table in tables if table.split}
+    for table in tables:
+        if table.split:
+            named[table.split] |= {parts: inner for parts, inner in paths.items() if table.label(parts)}
+    return named
+
+
 def _remedy(passed: Counter) -> str:
     """What to do with files that are no images."""
-    if {".npz", ".npy", ".zip", ".parquet", ".gz", ".tgz"} & set(passed):
-        return "give one of these files itself, unpacked if it is another archive than a .zip of images"
+    if {".npz", ".npy", ".zip", ".tar", ".parquet", ".gz", ".tgz"} & set(passed):
+        return "give one of these files itself, unpacked if it is another archive than a .zip or .tar of images"
     return "convert other images, as to .png"
 
 
@@ -182,7 +162,7 @@ def _raw(tree: Tree, paths: Sequence[Parts], labels: Sequence[int] | None) -> Ra
     )
 
 
-def _looked_through(images: Sequence[Parts], manifests: set[Parts]) -> Parts:
+def _looked_through(images: Sequence[Parts], told: set[Parts]) -> Parts:
     """The folder below which splits or classes are: the first that is more than the cover of one other.
 
     A single folder with images of its own is one class, and so is not looked through.
@@ -190,11 +170,11 @@ def _looked_through(images: Sequence[Parts], manifests: set[Parts]) -> Parts:
     base = ()
     while True:
         tops = {parts[len(base)] for parts in images}
-        if len(tops) > 1 or base in manifests or any(len(parts) == len(base) + 1 for parts in images):
+        if len(tops) > 1 or base in told or any(len(parts) == len(base) + 1 for parts in images):
             return base
         below = (*base, *tops)
         own = any(len(parts) == len(below) + 1 for parts in images)
-        if split_called(below[-1]) or (own and below not in manifests):
+        if split_called(below[-1]) or (own and below not in told):
             return base
         base = below
 
@@ -219,7 +199,9 @@ def _by_split(
         seconds = {inner[1] for inner in rest.values() if len(inner) > 2}
         roles = set(map(split_called, seconds))
         if None in roles or len(roles) < 2 or any(len(inner) < 3 for inner in rest.values()):
-            return {"train": rest}, []
+            alone = [folder for folders in called.values() for folder in folders if folder in tops]
+            note = f"{tree.root}: {', '.join(alone)} is taken for a class, no split, since other folders are beside it"
+            return {"train": rest}, [note] if alone else []
         # splits below classes, as in cat/train/0.png
         rest = {parts: (inner[1], inner[0], *inner[2:]) for parts, inner in rest.items()}
         called = {role: sorted(name for name in seconds if split_called(name) == role) for role in roles}
@@ -246,40 +228,3 @@ def _class_names(paths: dict[Parts, Parts]) -> list[str] | None:
     if any(len(inner) == 1 for inner in paths.values()):
         return None
     return [inner[0] for inner in paths.values()]
-
-
-class _Manifest(NamedTuple):
-    labels: list[int] | None
-
-
-def _manifest(tree: Tree, paths: dict[Parts, Parts], manifests: set[Parts]) -> tuple[_Manifest | None, list[str]]:
-    """The labels that a dataset.json at the root of these images gives them, if there is one; and notes."""
-    parts, inner = next(iter(paths.items()))
-    root = parts[: len(parts) - len(inner)]
-    if root not in manifests:
-        return None, []
-    file = (*root, MANIFEST)
-    where = f"{tree.root}/{'/'.join(file)}"
-    if tree.length(file) > MAX_ENCODED:
-        raise UserError(f"{where} is longer than {MAX_ENCODED} bytes: remove it, or make it again")
-    try:
-        told_labels = json.loads(pictures.patiently(lambda: tree.read(file), where))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {one_line(error)}: make it again, or remove it") from error
-    match told_labels:
-        case {"labels": None}:
-            return _Manifest(None), [f"{where} gives no labels"]
-        case {"labels": [*pairs]} if all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
-            labels = {name.replace("\\", "/"): label for name, label in pairs}
-        case _:
-            return None, [f"{where} has no list of labels as StyleGAN's and EDM's tools write it: passed over"]
-    if any(isinstance(label, list) for label in labels.values()):
-        return _Manifest(None), [f"{where} gives vectors, not classes: no labels"]
-    names = ["/".join(inner) for inner in paths.values()]
-    for name in names:
-        if type(labels.get(name)) is not int:
-            raise UserError(
-                f"{where} gives {name} the label {labels.get(name)!r}, expected a whole number: make it again, or "
-                "remove it"
-            )
-    return _Manifest([labels[name] for name in names]), [f"{tree.root}: labels by {MANIFEST}"]
