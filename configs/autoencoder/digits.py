@@ -1,0 +1,17 @@
+"""An autoencoder of digits 8x8, in whose latents 4x4x2 configs/digits_latent.py trains a model.
+
+    python train.py --config=configs/autoencoder/digits.py
+
+0.0 M parameters. A minute on two CPU cores.
+"""
+
+from configs import digits, models
+
+
+def get_config():
+    config = digits.get_config()
+    config.unlock()
+    config.model = models.autoencoder(nf=16, ch_mult=(1, 2), num_res_blocks=1, embed_dim=2, channels=1, groups=8)
+    config.training.n_iters = 1500
+    config.training.keep_freq = 1500
+    return config.lock()
