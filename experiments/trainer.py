@@ -77,9 +77,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
         ),
         in_axes=(0, 0, 0, None),
     )
-    show = {"classifier": accuracy, "autoencoder": autoencoders.reconstructions, "model": samples}[
-        build.kind_of(config)
-    ](config, model)
+    aids = {"classifier": accuracy, "autoencoder": autoencoders.reconstructions}
+    show = aids[kind](config, model) if (kind := build.kind_of(config)) in aids else samples(model)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=fields.keep_freq)
     state = training.init_state(params, optimizer, power_averages=len(fields.power_ema))
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -260,7 +259,7 @@ def report(bar, board, step, metrics, rate):
         board.add_scalar(name, value, step)
 
 
-def samples(config, model: Diffusion, n: int = 36):
+def samples(model: Diffusion, n: int = 36):
     """(params, workdir, board, step): show n images by 20 evaluations of DPM-Solver++, of the same noise every time."""
     table = dpm_solver_pp(model.sde, 20)
     z = jax.random.normal(jax.random.key(0), (n, *model.space.shape)) * model.sde.prior_std

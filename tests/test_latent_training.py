@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from configs import digits
-from configs import models as families
-from experiments import autoencoders, build, drawing, evaluation, parts, runs, trainer
+from experiments import autoencoders, build, drawing, evaluation, inverse_problems, parts, restoration, runs, trainer
 from experiments import report as reports
 from score_sde import checkpoint, losses, models
 from score_sde.errors import UserError
@@ -66,6 +66,28 @@ class OneNumber(nn.Module):
         return x * self.param("scale", nn.initializers.constant(0.5), (1, 1, 1, 1))
 
 
+class Blocks(nn.Module):
+    """An autoencoder of two products: blocks of 2 x 2 pixels to moments, and back."""
+
+    embed_dim: int = 3
+    channels: int = 1
+    num_codes: int = 0
+    factor = 2
+
+    def setup(self):
+        self.down = nn.Conv(2 * self.embed_dim, (2, 2), 2, dtype=jnp.float32)
+        self.up = nn.ConvTranspose(self.channels, (2, 2), (2, 2), dtype=jnp.float32)
+
+    def encode(self, x):
+        return self.down(x)
+
+    def decode(self, z):
+        return self.up(z)
+
+    def __call__(self, x):
+        return self.decode(gaussian(self.encode(x))[0])
+
+
 def config_of(folder, steps: int, model, **changes) -> ConfigDict:
     """A training of so many steps on the images of a folder."""
     config = digits.get_config()
@@ -80,7 +102,7 @@ def config_of(folder, steps: int, model, **changes) -> ConfigDict:
 
 
 def coder_config(folder, steps: int = 4, **changes) -> ConfigDict:
-    network = families.autoencoder(nf=2, ch_mult=(1, 2), num_res_blocks=1, embed_dim=3, channels=1, groups=1)
+    network = dict(name="autoencoder", embed_dim=3, channels=1, num_codes=0)
     return config_of(folder, steps, network, **changes)
 
 
@@ -99,8 +121,10 @@ def trained(config, workdir):
 def patched():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "one_number", OneNumber)
+        patch.setitem(build.AUTOENCODERS, "autoencoder", Blocks)
+        patch.setattr(build, "Autoencoder", Blocks)
         patch.setattr(trainer, "catch_stop_signals", list)
-        patch.setattr(trainer, "samples", lambda config, model: lambda *arguments: None)
+        patch.setattr(trainer, "samples", lambda model: lambda *arguments: None)
         yield patch
 
 
@@ -190,6 +214,69 @@ def test_a_latent_run_is_used_like_any_other(folder, monkeypatch):
     np.testing.assert_allclose(drawing.sample(boxed, "dpmpp", steps=5, n=4), images.astype(float), atol=2)
     assert "4x4x3, times" in (folder / "box" / "model" / "card.md").read_text()
     assert parts.path_of(folder / "box" / "model", parts.AUTOENCODER).is_file()
+
+
+# ------------------------------------------------------------------------------------------------ completed images
+
+COLUMNS = np.isin(np.arange(8), (2, 3, 4))[None].repeat(8, 0)  # known: one latent of each row, and half of another
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    """An image, the same with another hole, and the masks of COLUMNS and of single pixels."""
+    levels = np.random.default_rng(1).integers(0, 256, (8, 8), np.uint8)
+    masks = dict(mask=COLUMNS, single=np.indices((8, 8)).sum(0) % 2 == 0)
+    files = dict(image=levels, other=np.where(COLUMNS, levels, 255 - levels))
+    for name, picture in (files | {name: 255 * mask for name, mask in masks.items()}).items():
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{name}.png")
+    return levels
+
+
+def known_of(folder, model, image="image", mask="mask"):
+    return restoration.known_of(model, "inpaint", str(folder / f"{image}.png"), str(folder / f"{mask}.png"))
+
+
+def test_a_latent_is_known_if_all_its_pixels_are(folder, pictures):
+    model = runs.open_model(str(folder / "model"))
+    known = known_of(folder, model)
+    np.testing.assert_array_equal(known.latent_mask[0, :, :, 0], np.arange(4)[None].repeat(4, 0) == 1)
+    np.testing.assert_array_equal(known.mask[0, :, :, 0], COLUMNS)
+    index = np.arange(3)
+    encoded, other = known.in_data_range(index), known_of(folder, model, "other").in_data_range(index)
+    np.testing.assert_array_equal(encoded, other)  # what is in the hole is not seen
+    by_hand = model.diffusion.space.encode(jax.random.key(0), np.where(COLUMNS, pictures, 128)[..., None])
+    np.testing.assert_allclose(encoded, np.stack([by_hand] * 3), atol=1e-6)
+    with pytest.raises(UserError, match="knows no latent, which takes 2x2 known pixels"):
+        known_of(folder, model, mask="single")
+
+
+def test_completed_images_keep_what_is_known(folder, pictures, tmp_path):
+    """By both kinds of solvers: the known latents of the predictor-corrector sampler, the known pixels of either."""
+    model = runs.open_model(str(folder / "model"))
+    known, index = known_of(folder, model), np.arange(2)
+    x, _ = drawing.pc(model, 24, known=known).draw(index, lambda steps: None)
+    t_min = model.diffusion.sde.t_min
+    expected = model.diffusion.sde.alpha(np.float64(t_min)) * known.in_data_range(index)
+    np.testing.assert_allclose(x[:, :, 1], expected[:, :, 1], atol=1e-5)
+    files = dict(image=str(folder / "image.png"), mask=str(folder / "mask.png"))
+    for method in ("pigdm", "ddnm"):
+        measured = inverse_problems.measured_of(model, "inpaint", method=method, **files)
+        few = drawing.few_step(model, "dpmpp", 5, measured=measured)
+        drawn = drawing.draw_and_write(
+            model, few, 2, tmp_path / method, batch_size=2, seed=0, bending={}, known=measured
+        ).images[..., 0]
+        assert (drawn[:, COLUMNS] == pictures[COLUMNS]).all()
+        assert (drawn[:, ~COLUMNS] != pictures[~COLUMNS]).any()
+
+
+def test_other_tasks_are_for_pixels(folder):
+    model = runs.open_model(str(folder / "model"))
+    with pytest.raises(UserError, match="--task=deblur is for pixels"):
+        inverse_problems.measured_of(model, "deblur")
+    with pytest.raises(UserError, match=r"--measurement_noise=0\.1 is for pixels"):
+        inverse_problems.measured_of(model, "inpaint", std=0.1)
+    with pytest.raises(UserError, match="--task=colorize works on pixels"):
+        restoration.known_of(model, "colorize")
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
