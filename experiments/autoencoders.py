@@ -26,7 +26,7 @@ def reconstructions(config: ConfigDict, coder: Coder, n: int = 1000, pictured: i
     levels = images.take(np.arange(min(n, images.size)))["image"]
 
     @jax.jit
-    def back_and_kl(params):
+    def back_and_kl(params, levels):
         def one(image):
             apply = lambda x, method: coder.network.apply({"params": params}, x[None], method=method)
             moments = apply(coder.space.encode(None, image), "encode")
@@ -36,7 +36,7 @@ def reconstructions(config: ConfigDict, coder: Coder, n: int = 1000, pictured: i
         return jax.lax.map(one, levels, batch_size=AT_ONCE)
 
     def show(params, workdir, board, step):
-        back, kl = map(np.asarray, back_and_kl(params))
+        back, kl = map(np.asarray, back_and_kl(params, levels))
         square = np.square(back.astype(np.float64) - levels).mean((1, 2, 3))
         psnr = float(np.mean(10 * np.log10(255**2 / np.maximum(square, 1e-2))))  # equal images have none
         board.add_scalar("PSNR", psnr, step)
@@ -67,7 +67,8 @@ def taken(config: ConfigDict, workdir: pathlib.Path) -> tuple[ConfigDict, dict]:
         params = build.autoencoder_params(own, workdir)
         if not config.autoencoder and pathlib.Path(source).expanduser().is_dir():
             _refuse_replaced(runs.open_autoencoder(source), checkpoint.identity(params), workdir)
-        config.autoencoder, config.latents.scale = own.autoencoder, own.latents.scale
+        config.autoencoder = config.autoencoder or own.autoencoder
+        config.latents.scale = own.latents.scale if config.latents.scale == 1 else config.latents.scale
         return config, params
     trained = runs.open_autoencoder(source)
     theirs, fields = trained.coder.space.shape, config.data
@@ -91,11 +92,11 @@ def measured_scale(config: ConfigDict, params: dict) -> float:
     levels = images.take(data.permutation(0, 0, images.size)[index])["image"]
 
     @jax.jit
-    def encoded(params, keys):
+    def encoded(params, keys, levels):
         encode = build.space_of(config, autoencoder=params).encode
         return jax.lax.map(lambda drawn: encode(*drawn), (keys, levels), batch_size=AT_ONCE)
 
-    return float(f"{1 / np.std(encoded(params, samplers.sample_keys(0, index))):.6g}")
+    return float(f"{1 / np.std(encoded(params, samplers.sample_keys(0, index), levels)):.6g}")
 
 
 def _refuse_replaced(trained: runs.TrainedAutoencoder, own: str, workdir: pathlib.Path):

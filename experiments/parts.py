@@ -35,7 +35,7 @@ def load(folder, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict:
             params = unflatten_dict({key: file.get_tensor(key) for key in file.keys()}, sep="/")  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has no {path.name}, which its config.json tells of: import the model again"
+            f"{folder} has no {path.name}, which its config.json tells of: restore it, or import the model again"
         ) from None
     except Exception as error:  # the library and the disk raise many types on a damaged file
         raise UserError(f"{path} is damaged ({one_line(error, 100)}): import the model again") from None

@@ -22,7 +22,7 @@ PER_IMAGE = 4  # samples of each test image
 class Known(NamedTuple):
     """What is known of the samples of --task=inpaint and --task=colorize."""
 
-    space: Space
+    space: Space  # the model's, of the shape of images
     sde: SDE
     images: Callable  # indices of samples (b,) -> uint8 (b, H, W, C)
     mask: np.ndarray | None  # (1, H, W, 1), true where known; None: the gray of every pixel is
@@ -95,9 +95,8 @@ def known_of(model: runs.Model, task: str, image: str | None = None, mask: str |
         known = np.broadcast_to(np.arange(height)[:, None] < height // 2, (height, width))
         if mask is not None:
             known = read_mask(mask, space)
-        latent_mask = (
-            mask_of_latents(known, height // model.diffusion.space.shape[0]) if model.config.autoencoder else None
-        )
+        if model.config.autoencoder:
+            latent_mask = mask_of_latents(known, height // model.diffusion.space.shape[0])
         known = known[None, :, :, None]
     elif channels == 1:
         raise UserError(f"--task=colorize: the images of {model.config.data.dataset} are gray: use another model")

@@ -14,7 +14,7 @@ from PIL import Image
 from configs import digits
 from experiments import autoencoders, build, drawing, evaluation, inverse_problems, parts, restoration, runs, trainer
 from experiments import report as reports
-from score_sde import checkpoint, losses, models
+from score_sde import checkpoint, losses, models, training
 from score_sde.errors import UserError
 from score_sde.models.autoencoder import gaussian, kl_divergence
 from tools import pack
@@ -200,7 +200,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path):
     assert step == 4
     for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(one, two)
-    trained(runs.read_config(tmp_path / "model"), tmp_path / "model")  # as --workdir alone does
 
 
 def test_a_latent_run_is_used_like_any_other(folder, monkeypatch):
@@ -309,15 +308,16 @@ def test_an_autoencoder_that_does_not_serve(folder, tmp_path):
 
 
 def test_an_autoencoder_that_was_replaced(folder, tmp_path):
-    """In its own folder: a new config is refused, the run itself goes on. In the run's: it is refused."""
+    """In its own folder: a new config is refused. In the run's: the run itself, as --workdir alone goes on with it."""
     shutil.copytree(folder / "coder", tmp_path / "coder")
     named = {"latents.autoencoder": str(tmp_path / "coder")}
     workdir = trained(latent_config(folder, 2, **named), tmp_path / "model")
     own = checkpoint.identity(build.autoencoder_params(runs.read_config(workdir), workdir))
-    shutil.rmtree(tmp_path / "coder")
-    trained(coder_config(folder, 2, seed=1), tmp_path / "coder")
+    other = jax.tree.map(lambda leaf: leaf + 1, runs.open_autoencoder(tmp_path / "coder").params)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "coder", keep_every=1)
+    checkpoints.save(training.State(np.int32(9), {}, other, {}), {})
+    checkpoints.wait()
     refused(latent_config(folder, **named), workdir, rf"in the latents of autoencoder {own}, but .*choose another")
-    other = runs.open_autoencoder(tmp_path / "coder").params
     parts.save(workdir, parts.AUTOENCODER, other)
     refused(runs.read_config(workdir), workdir, rf"was trained in the latents of autoencoder {own}, not ")
 
