@@ -3,7 +3,7 @@
     python train.py --config=configs/autoencoder/fashion_mnist.py
     python train.py --config=configs/fashion_mnist_latent.py
 
-1.2 M parameters.
+1.2 M parameters; not yet trained here.
 """
 
 from configs import fashion_mnist, models

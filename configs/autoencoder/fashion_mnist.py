@@ -3,7 +3,7 @@
     python train.py --config=configs/autoencoder/fashion_mnist.py
     python train.py --config=configs/autoencoder/fashion_mnist.py --config.data.dataset=fashion_mnist.npz
 
-0.17 M parameters.
+0.17 M parameters; not yet trained here.
 """
 
 from configs import fashion_mnist, models
