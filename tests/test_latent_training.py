@@ -327,3 +327,9 @@ def test_a_density_of_pixels_is_refused_before_other_metrics(folder):
     with pytest.raises(UserError, match="it has no bits/dim"):
         evaluation.evaluate(model, ["loss", "bpd"], evaluation.Options(), name="bpd")
     assert reports.read(folder / "model" / "eval" / "bpd") is None
+
+
+def test_aids_have_folders_of_their_own(folder):
+    """configs/autoencoder/digits.py and configs/digits.py do not meet in one folder."""
+    assert runs.folder_for(coder_config(folder), "configs/autoencoder/digits.py") == runs.RUNS / "autoencoder_digits"
+    assert runs.folder_for(latent_config(folder), "configs/digits.py") == runs.RUNS / "digits"
