@@ -1,7 +1,9 @@
-"""Train a score model or a classifier, or continue a run that was stopped.
+"""Train a score model, a classifier or an autoencoder, or continue a run that was stopped.
 
 python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.training.n_iters=1000]
 python train.py --config=configs/classifier/digits.py       at its end, accuracy on test images by noise level
+python train.py --config=configs/autoencoder/digits.py      at its end, the PSNR of test images that it codes
+python train.py --config=configs/digits_latent.py           in the latents of that one
 python train.py --workdir=runs/digits
 python train.py --config=configs/digits.py --minutes=5      training.n_iters becomes what is done in that time
 python train.py --config=configs/digits.py --config.data.dataset=FOLDER --config.training.init=runs/digits --workdir=...
@@ -31,8 +33,8 @@ def main():
         workdir = pathlib.Path(WORKDIR.value)
         config = runs.read_config(workdir)
     else:
-        config, name = program.config_of(CONFIG), pathlib.Path(program.config_file()).stem
-        workdir = pathlib.Path(WORKDIR.value or runs.RUNS / name)
+        config = program.config_of(CONFIG)
+        workdir = pathlib.Path(WORKDIR.value or runs.folder_for(config, program.config_file()))
     return trainer.train(config, workdir, minutes=MINUTES.value)
 
 

@@ -63,7 +63,8 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     config.model = models.ddpmpp()  # arguments of the network `name`
 
     config.latents = latents = ConfigDict()
-    latents.scale = 1.0  # what the network sees are the autoencoder's latents times this
+    latents.autoencoder = placeholder(str)  # the run of one that is copied into a new run, to be trained in its latents
+    latents.scale = 1.0  # what the network sees are the latents times this; a new run measures it where it is 1
     latents.classes = 0  # of a network whose context is a row of a table, one a class and a last one for none of them
     config.autoencoder = ConfigDict()  # arguments of the one whose latents the network sees; empty: it sees pixels
     config.text = ConfigDict()  # arguments of the text encoder that makes the network's context; empty: it has none
@@ -79,6 +80,7 @@ def get_config(sde: str = "vp", *, num_scales: int = 1000) -> ConfigDict:
     training.weight = "eps"  # whose error counts: a key of losses.WEIGHTS, as "network", the network's own
     training.reduce_mean = not exploding  # mean over pixels, or half of the sum
     training.label_dropout = 0.0  # share of labels hidden from a class-conditional network, which can then be guided
+    training.kl_weight = 1e-6  # of the KL divergence in an autoencoder's loss
     training.augment = 0.0  # probability of each augmentation that the network is told of (score_sde/augmentation.py)
     training.ema_rate = 0.999 if exploding else 0.9999
     training.ema_warmup = False  # ramp the rate up from 0, as the official PyTorch code does

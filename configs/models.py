@@ -163,6 +163,26 @@ def adm_classifier(**changes) -> ConfigDict:
     )
 
 
+def autoencoder(**changes) -> ConfigDict:
+    """The KL autoencoder of latent diffusion, f = 8 (Rombach et al. 2022, appendix G)."""
+    return _locked(
+        dict(
+            name="autoencoder",
+            nf=128,
+            ch_mult=(1, 2, 4, 4),
+            num_res_blocks=2,
+            attn_levels=(),
+            z_channels=4,
+            embed_dim=4,
+            num_codes=0,
+            channels=3,
+            groups=32,
+            dtype="float32",
+        )
+        | changes
+    )
+
+
 def _encoder(**changes) -> dict:
     """What ADM and its classifier share."""
     return (

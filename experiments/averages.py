@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 
-from experiments import build, runs
+from experiments import build, parts, runs
 from score_sde import checkpoint, power_ema, training
 from score_sde.errors import UserError
 from score_sde.power_ema import Profile
@@ -28,7 +28,7 @@ def write(workdir: str | pathlib.Path, std: float, out: str | pathlib.Path, step
         )
     checkpoints, optimizer = checkpoint.Checkpoints(workdir), training.make_optimizer(**config.optim)
     end = checkpoints.step_or_last(step)
-    init = build.trainable(config).init
+    init = build.trainable(config, build.autoencoder_params(config, workdir)).init
     template = jax.eval_shape(
         lambda key: training.init_state(init(key), optimizer, power_averages=len(widths)), jax.random.key(0)
     )
@@ -49,7 +49,7 @@ def write(workdir: str | pathlib.Path, std: float, out: str | pathlib.Path, step
             part = jax.tree.map(lambda *leaves, own=own: np.tensordot(own, np.stack(leaves), 1), *state.power_ema)
             total = part if total is None else jax.tree.map(np.add, total, part)
         average = jax.tree.map(np.float32, total)
-        for name in (runs.CLASSES, runs.START):
+        for name in (runs.CLASSES, runs.START, parts.path_of("", parts.AUTOENCODER).name):
             if (workdir / name).exists():
                 shutil.copy(workdir / name, out / name)
         written.save(state._replace(params=average, ema=average), {"averaged": f"width {std:g} of {workdir}"})

@@ -19,7 +19,8 @@ from score_sde.data import Images
 from score_sde.denoiser import Diffusion, NoiseFn
 from score_sde.errors import UserError, one_line
 from score_sde.guidance import Classifier
-from score_sde.models.autoencoder import Autoencoder
+from score_sde.latents import Coder
+from score_sde.models.autoencoder import AUTOENCODERS, Autoencoder
 from score_sde.models.classifier import CLASSIFIERS, LOGITS
 from score_sde.models.clip_text import CLIPText
 from score_sde.models.names import shapes_of
@@ -27,13 +28,17 @@ from score_sde.sde import SDE, SDES
 from score_sde.space import Space
 
 
-def is_classifier(config: ConfigDict) -> bool:
-    """Whether a config's `model` is a noise-conditional classifier, not a model of images."""
-    return config.model.get("name") in CLASSIFIERS
+def kind_of(config: ConfigDict) -> str:
+    """What a config's `model` is: "classifier", "autoencoder", or "model" of images."""
+    tables = {"classifier": CLASSIFIERS, "autoencoder": AUTOENCODERS}
+    return next((kind for kind, table in tables.items() if config.model.get("name") in table), "model")
 
 
-def diffusion_of(config: ConfigDict, folder: pathlib.Path | None = None) -> Diffusion:
-    """The model of a config; folder: of its run, where the other parts of a latent model are."""
+def diffusion_of(config: ConfigDict, folder: pathlib.Path | None = None, autoencoder: dict | None = None) -> Diffusion:
+    """The model of a config; folder: of its run, where the other parts of a latent model are.
+
+    autoencoder: its parameters, if not those in the folder.
+    """
     sde = _valid_sde(config)
     network, told = network_of(config), _condition_of(config, folder)
     hidden = config.training.label_dropout
@@ -44,7 +49,7 @@ def diffusion_of(config: ConfigDict, folder: pathlib.Path | None = None) -> Diff
             f"training.augment is {config.training.augment}: expected 0 unless the network is told of it, "
             f"model.augment_dim = {NUM_LABELS}"
         )
-    x_space = space_of(config, folder)
+    x_space = space_of(config, folder, autoencoder)
     bounded = np.isfinite([x_space.low, x_space.high]).all()
     data_range = (x_space.low, x_space.high) if bounded else (-1.0, 1.0)  # latents reach the network as they are
 
@@ -114,16 +119,34 @@ def classifier_of(config: ConfigDict) -> Classifier:
     return Classifier(sde, pixels, init, logits_of, config.model.num_outputs)
 
 
-def trainable(config: ConfigDict) -> Diffusion | Classifier:
-    """What a config trains."""
-    return classifier_of(config) if is_classifier(config) else diffusion_of(config)
+def coder_of(config: ConfigDict) -> Coder:
+    """The autoencoder that a config trains."""
+    check_values(config)
+    network, fields = network_of(config), config.data
+    if network.num_codes:
+        raise UserError(
+            f"model.num_codes is {network.num_codes}: a codebook is not trained here, a KL autoencoder is: set it to 0"
+        )
+    if network.channels != fields.num_channels:
+        raise UserError(
+            f"model.channels is {network.channels}, data.num_channels {fields.num_channels}: make them equal"
+        )
+    latents.require_whole(network, fields.image_size, fields.image_size)
+    pixels = space.pixels((fields.image_size, fields.image_size, fields.num_channels))
+    return Coder(network, pixels, _valid_init(config, network, pixels.shape))
+
+
+def trainable(config: ConfigDict, autoencoder: dict | None = None) -> Diffusion | Classifier | Coder:
+    """What a config trains; autoencoder: the parameters of the one in whose latents it is trained, if any."""
+    if kind_of(config) == "model":
+        return diffusion_of(config, autoencoder=autoencoder)
+    return classifier_of(config) if kind_of(config) == "classifier" else coder_of(config)
 
 
 def network_of(config: ConfigDict):
     """The network of a config, a flax Module, not tried on anything yet."""
-    if is_classifier(config):
-        return construct(CLASSIFIERS, config.model, "classifier")
-    return construct(models.MODELS, config.model, "network")
+    table = {"classifier": CLASSIFIERS, "autoencoder": AUTOENCODERS, "model": models.MODELS}[kind_of(config)]
+    return construct(table, config.model, "network")
 
 
 def sde_of(config: ConfigDict) -> SDE:
@@ -163,14 +186,27 @@ def _parts(folder: pathlib.Path | None, name: str, shapes) -> dict:
     return parts.load(folder, name, shapes)
 
 
-def space_of(config: ConfigDict, folder: pathlib.Path | None = None) -> Space:
-    """Where x of a config's model lives: pixels, or latents of the autoencoder in the folder of its run."""
+def autoencoder_params(config: ConfigDict, folder: pathlib.Path | None) -> dict:
+    """The parameters of a latent model's autoencoder, from the folder of its run; empty for a model of pixels."""
     if not config.autoencoder:
-        return pixels_of(config)
+        return {}
     network = autoencoder_of(config)
     image = jax.ShapeDtypeStruct((1, network.factor, network.factor, network.channels), jnp.float32)
-    params = _parts(folder, parts.AUTOENCODER, shapes_of(network, image))
-    return latents.space(network, params, config.latents.scale, config.data.image_size, config.data.image_size)
+    return _parts(folder, parts.AUTOENCODER, shapes_of(network, image))
+
+
+def space_of(config: ConfigDict, folder: pathlib.Path | None = None, autoencoder: dict | None = None) -> Space:
+    """Where x of a config's model lives: pixels, or latents of the autoencoder in the folder of its run.
+
+    autoencoder: its parameters, if not those in the folder; inside of `jax.jit` they may be arguments.
+    """
+    if config.latents.autoencoder and not config.autoencoder:
+        raise UserError(f"only training opens the autoencoder {config.latents.autoencoder}: train this config first")
+    if not config.autoencoder:
+        return pixels_of(config)
+    params = autoencoder_params(config, folder) if autoencoder is None else autoencoder
+    size = config.data.image_size
+    return latents.space(autoencoder_of(config), params, config.latents.scale, size, size)
 
 
 def pixels_of(config: ConfigDict, *, dequantize: bool | None = None) -> Space:
@@ -197,7 +233,7 @@ def images_of(config: ConfigDict, split: str, *, tell: bool = True) -> Images:
         raise UserError(f"{error}: restore it, or pass over damaged images, data.skip_damaged=True") from error
     if tell:
         say(images)
-    field = "num_outputs" if is_classifier(config) else "num_classes"
+    field = "num_outputs" if kind_of(config) == "classifier" else "num_classes"
     num_classes = config.model.get(field, 0)
     return checked_labels(images, num_classes, f"model.{field}") if num_classes else images
 
@@ -218,13 +254,21 @@ def class_lines(classes: Sequence[str] | None, most: int = 20) -> list[str]:
     return [f"classes: {', '.join(shown)}".encode(errors="replace").decode()]
 
 
-def loss_of(config: ConfigDict, trained: Diffusion | Classifier) -> Callable:
-    """(params, batch, key, train) -> loss of each example (B,) of what a config trains."""
-    fields, told, sde = config.training, config.denoiser, trained.sde
+def loss_of(config: ConfigDict, trained: Diffusion | Classifier | Coder, autoencoder: dict | None = None) -> Callable:
+    """(params, batch, key, train) -> loss of each example (B,) of what a config trains.
+
+    autoencoder: the parameters of a latent model's, if not those of `trained`, in which they are constants.
+    """
+    fields, told = config.training, config.denoiser
+    x_space = space_of(config, autoencoder=autoencoder) if autoencoder else trained.space
 
     def preprocess(key, image):
         image = space.random_flip(key, image) if config.data.random_flip else image
-        return trained.space.encode(key, image)
+        return x_space.encode(key, image)
+
+    if kind_of(config) == "autoencoder":
+        return training.make_autoencoder_loss(trained.network, preprocess, kl_weight=fields.kl_weight)
+    sde = trained.sde
 
     def times(key):
         return losses.TIMES[fields.times](key, (), sde, fields.t_min, told.num_scales, fields.lam_normal)
@@ -233,7 +277,7 @@ def loss_of(config: ConfigDict, trained: Diffusion | Classifier) -> Callable:
         own = denoiser.coefficients(told.output, sde, t, told.sigma_data)
         return losses.WEIGHTS[fields.weight](sde, t, own)
 
-    if is_classifier(config):
+    if kind_of(config) == "classifier":
         return training.make_classifier_loss(trained.logits_of, sde, preprocess, times=times)
     return training.make_loss(
         trained.noise_of,
@@ -299,7 +343,7 @@ def _valid_sde(config: ConfigDict) -> SDE:
         name = fields[field]
         if name not in table:
             raise UserError(f"unknown {field} {name!r}: use one of {', '.join(table)}")
-    if not is_classifier(config):
+    if kind_of(config) == "model":
         _refuse_lost_data(config, sde)
     with np.errstate(divide="ignore"):
         data_left = np.isfinite(sde.log_alpha(np.float64(1)))
@@ -329,7 +373,8 @@ def _refuse_lost_data(config: ConfigDict, sde: SDE):
 
 def _valid_init(config: ConfigDict, network, shape: tuple[int, int, int]) -> Callable:
     """key -> parameters before training; refused if the network cannot take images of this shape."""
-    init = jax.jit(lambda key: network.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)))["params"])
+    inputs = [jnp.zeros((1, *shape)), jnp.ones((1,))][: 1 if kind_of(config) == "autoencoder" else 2]
+    init = jax.jit(lambda key: network.init(key, *inputs)["params"])
     try:
         jax.eval_shape(init, jax.random.key(0))
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:

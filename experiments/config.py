@@ -34,7 +34,7 @@ RULES = (
         "at least 0",
         lambda value: 0 <= value < float("inf"),
         (
-            *("optim.warmup", "optim.weight_decay", "optim.eps", "training.cooldown"),
+            *("optim.warmup", "optim.weight_decay", "optim.eps", "training.cooldown", "training.kl_weight"),
             *("sampling.corrector_steps", "model.num_classes", "model.augment_dim", "model.channel_mult_noise"),
             *("latents.classes", "model.context_dim", "model.transformer_depth", "model.out_channels"),
             *("model.num_heads", "model.num_heads_upsample", "model.head_channels", "model.groups"),
@@ -68,7 +68,7 @@ RULES = (
     (
         "a name or a path of this machine, no address in a cloud: mount it as a folder",
         lambda value: value is None or "://" not in value,
-        ("data.dataset", "training.init"),
+        ("data.dataset", "training.init", "latents.autoencoder"),
     ),
     ("stop or skip", lambda value: value in ("stop", "skip"), ("training.non_finite",)),
 )
@@ -141,9 +141,10 @@ def portable(config: ConfigDict | dict) -> ConfigDict:
     path = pathlib.Path(config.data.dataset)
     config.data.dataset = path.stem if path.is_absolute() or path.suffix else config.data.dataset
     config.data.data_dir = None
-    start = config.training.get("init")
-    if start is not None and pathlib.Path(start).is_absolute():
-        config.training.init = pathlib.Path(start).name
+    for section, field in ((config.training, "init"), (config.get("latents", {}), "autoencoder")):
+        folder = section.get(field)
+        if folder is not None and pathlib.Path(folder).is_absolute():
+            section[field] = pathlib.Path(folder).name
     return config
 
 

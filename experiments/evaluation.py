@@ -1,5 +1,6 @@
 """What there is to measure of a model, and the report that it adds up in: what evaluate.py does."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -131,6 +132,7 @@ def checked(model: runs.Model, metrics: list[str], options: Options) -> Options:
             elif options.ems is not None:
                 options.ems_for(solver, model)
     if "bpd" in metrics:
+        build.pixels_of(model.config)
         likelihood_probes(model)
     if "fid" in metrics:
         network = options.network(model.config)
@@ -210,12 +212,13 @@ def held_out_loss(model: runs.Model, folder, options: Options) -> Iterator[dict]
     """The training loss on test images with the averaged parameters: mean and standard error over images."""
     fields, images = model.config.eval, build.images_of(model.config, "test")
     parallel.batch_per_device(min(fields.batch_size, images.size // jax.device_count() * jax.device_count()))
-    loss, key = build.loss_of(model.config, model.diffusion), seeds.key(options.seed)
-    on_devices = parallel.pmap(lambda params, batch: loss(params, batch, key, False))
-    params, values = parallel.replicate(model.params), []
+    loss, key = functools.partial(build.loss_of, model.config, model.diffusion), seeds.key(options.seed)
+    on_devices = parallel.pmap(lambda params, autoencoder, batch: loss(autoencoder)(params, batch, key, False))
+    autoencoder = build.autoencoder_params(model.config, model.workdir)
+    params, values = parallel.replicate((model.params, autoencoder)), []
     n = min(fields.num_data, images.size)
     for _, batch in test_batches(model, images, n):
-        values.append(parallel.gather(on_devices(params, batch)))
+        values.append(parallel.gather(on_devices(*params, batch)))
     values = np.concatenate(values)[:n].astype(np.float64)
     yield dict(mean=values.mean(), standard_error=values.std(ddof=1) / np.sqrt(n), images=n)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import build, restoration, runs, samplers
+from experiments import restoration, runs, samplers
 from score_sde.errors import UserError
 from score_sde.metrics import features
 from solvers import grids
@@ -32,12 +32,7 @@ def begin(model: runs.Model, image: str | None, strength: float, steps: int, opt
         raise UserError("--strength says how much of an image is drawn anew: name it by --image=FILE.png")
     if not 0 < strength <= 1:
         raise UserError(f"--strength={strength:g}: expected more than 0, which keeps the image, and at most 1")
-    factor, channels = 1, space.shape[2]
-    if model.config.autoencoder:
-        first = build.autoencoder_of(model.config)
-        factor, channels = first.factor, first.channels
-    pixels = (factor * space.shape[0], factor * space.shape[1], channels)
-    levels = restoration.read_image(image, space._replace(shape=pixels))
+    levels = restoration.read_image(image, space._replace(shape=restoration.image_shape(model)))
     grid = options.get("grid", "time" if model.config.autoencoder else "logsnr")
     if not isinstance(grid, str) or grid not in grids.GRIDS:
         raise UserError(

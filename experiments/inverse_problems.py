@@ -55,7 +55,8 @@ class Measured(NamedTuple):
     def bend(self, noise: NoiseFn, y) -> NoiseFn:
         """The NoiseFn of the images of which y (B, ...) was measured."""
         space = self.model.diffusion.space
-        spread = (space.high - space.low) / 4  # a standard deviation of 0.5 where data are in [-1, 1]
+        # a standard deviation of 0.5 where data are in [-1, 1]; latents have one of 1
+        spread = (space.high - space.low) / 4 if np.isfinite(space.high) else 1.0
         given = dict(std=self.std, data_std=spread)
         return METHODS[self.method](noise, self.model.diffusion.sde, self.measurement, y, **given)
 
@@ -98,15 +99,16 @@ def measured_of(
     """
     space = model.diffusion.space
     shape, y = space.shape, None
-    if not np.isfinite([space.low, space.high]).all():
-        raise UserError(f"--task={task} works on pixels, {model.name} on latents: use a model of pixels")
+    if model.config.autoencoder and (task != "inpaint" or std):
+        what = f"--measurement_noise={std:g}" if task == "inpaint" else f"--task={task}"
+        raise UserError(f"{what} is for pixels, {model.name} draws latents: use a model of pixels")
     if not 0 <= std < space.high - space.low:
         raise UserError(
             f"--measurement_noise={std:g}: expected 0 or more, below the data range, {space.high - space.low:g}"
         )
     if task == "inpaint":
         known = restoration.known_of(model, task, image, mask)
-        measurement = inverse.inpainting(known.mask)
+        measurement = inverse.inpainting(known.known_x)
     elif task == "colorize":
         known, measurement = restoration.known_of(model, task, image), inverse.gray(shape)
     else:

@@ -14,23 +14,28 @@ from score_sde.errors import UserError, one_line
 AUTOENCODER, TEXT, CLASSES, TOKENIZER = "autoencoder", "text", "classes", "tokenizer"  # the last one is a folder
 
 
+def path_of(folder, name: str) -> pathlib.Path:
+    """The file of a part."""
+    return pathlib.Path(folder) / f"{name}.safetensors"
+
+
 def save(folder, name: str, params: dict):
     """Write a part's parameters, in the floating-point types that they have, and their identity."""
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     content = safetensors.numpy.save(arrays, metadata=dict(identity=checkpoint.identity(params)))
-    files.write(pathlib.Path(folder) / f"{name}.safetensors", content)
+    files.write(path_of(folder, name), content)
 
 
 def load(folder, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict:
     """A part's parameters; UserError unless they have these shapes, by path, and are what was written."""
-    path = pathlib.Path(folder) / f"{name}.safetensors"
+    path = path_of(folder, name)
     try:
         with safetensors.safe_open(path, "np") as file:
             identity = (file.metadata() or {}).get("identity")
             params = unflatten_dict({key: file.get_tensor(key) for key in file.keys()}, sep="/")  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has no {path.name}, which its config.json tells of: import the model again"
+            f"{folder} has no {path.name}, which its config.json tells of: restore it, or import the model again"
         ) from None
     except Exception as error:  # the library and the disk raise many types on a damaged file
         raise UserError(f"{path} is damaged ({one_line(error, 100)}): import the model again") from None

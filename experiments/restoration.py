@@ -22,11 +22,12 @@ PER_IMAGE = 4  # samples of each test image
 class Known(NamedTuple):
     """What is known of the samples of --task=inpaint and --task=colorize."""
 
-    space: Space
+    space: Space  # the model's, of the shape of images
     sde: SDE
     images: Callable  # indices of samples (b,) -> uint8 (b, H, W, C)
     mask: np.ndarray | None  # (1, H, W, 1), true where known; None: the gray of every pixel is
     by_image: bool  # whether each image has PER_IMAGE samples, else one has all
+    latent_mask: np.ndarray | None = None  # (1, h, w, 1), true for latents of known pixels alone; None: x are pixels
 
     def identity(self) -> list[str]:
         """Hashes of the mask and the first image."""
@@ -34,15 +35,27 @@ class Known(NamedTuple):
         return [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
 
     def in_data_range(self, index):
-        """The images of samples numbered `index` as the model sees them; only what is known of them will count."""
-        keys = jax.numpy.broadcast_to(jax.random.key(0), index.shape)
-        return np.asarray(jax.vmap(self.space.encode)(keys, self.images(index)))
+        """The images of samples numbered `index` as the model sees them; only what is known of them will count.
+
+        An encoder sees beyond a latent's own pixels: it is shown gray in the hole, and each image once.
+        """
+        if self.latent_mask is None:
+            keys = jax.numpy.broadcast_to(jax.random.key(0), index.shape)
+            return np.asarray(jax.vmap(self.space.encode)(keys, self.images(index)))
+        first, which = np.unique(index // PER_IMAGE * PER_IMAGE if self.by_image else 0 * index, return_inverse=True)
+        encoded = [self.space.encode(jax.random.key(0), image) for image in self.shown(self.images(first))]
+        return np.stack(encoded)[which]
 
     def condition(self, images):
         """The condition of the predictor-corrector sampler (solvers/conditioning.py)."""
         if self.mask is None:
             return conditioning.colorization(self.sde, images)
-        return conditioning.inpainting(self.sde, images, self.mask)
+        return conditioning.inpainting(self.sde, images, self.known_x)
+
+    @property
+    def known_x(self) -> np.ndarray | None:
+        """The mask of x, pixels or latents."""
+        return self.mask if self.latent_mask is None else self.latent_mask
 
     def put_back(self, samples):
         """uint8 samples whose known pixels have exactly their known levels."""
@@ -74,14 +87,16 @@ def known_of(model: runs.Model, task: str, image: str | None = None, mask: str |
     image: a file; test images, PER_IMAGE samples each, if None. mask: a file as for `read_mask`; if None, the upper
     half is known.
     """
-    if model.config.autoencoder:
-        raise UserError(f"--task={task}: what is known of pixels is not known of latents: use --image with --strength")
-    (height, width, channels), space = model.diffusion.space.shape, model.diffusion.space
-    known = None
+    if model.config.autoencoder and task != "inpaint":
+        raise UserError(f"--task={task} works on pixels, {model.name} on latents: use a model of pixels")
+    height, width, channels = image_shape(model)
+    space, known, latent_mask = model.diffusion.space._replace(shape=(height, width, channels)), None, None
     if task == "inpaint":
         known = np.broadcast_to(np.arange(height)[:, None] < height // 2, (height, width))
         if mask is not None:
             known = read_mask(mask, space)
+        if model.config.autoencoder:
+            latent_mask = mask_of_latents(known, height // model.diffusion.space.shape[0])
         known = known[None, :, :, None]
     elif channels == 1:
         raise UserError(f"--task=colorize: the images of {model.config.data.dataset} are gray: use another model")
@@ -91,7 +106,28 @@ def known_of(model: runs.Model, task: str, image: str | None = None, mask: str |
     else:
         one = read_image(image, space, exact=task == "inpaint")
         images = lambda index: np.broadcast_to(one, (len(index), *one.shape))
-    return Known(space, model.diffusion.sde, images, known, image is None)
+    return Known(space, model.diffusion.sde, images, known, image is None, latent_mask)
+
+
+def image_shape(model: runs.Model) -> tuple[int, int, int]:
+    """Height, width and channels of the images that a model draws."""
+    height, width, channels = model.diffusion.space.shape
+    if not model.config.autoencoder:
+        return height, width, channels
+    first = build.autoencoder_of(model.config)
+    return first.factor * height, first.factor * width, first.channels
+
+
+def mask_of_latents(known: np.ndarray, factor: int) -> np.ndarray:
+    """A mask (H, W) at the latents' resolution, (1, h, w, 1): true where all pixels of a latent are known."""
+    height, width = known.shape
+    blocks = known.reshape(height // factor, factor, width // factor, factor)
+    mask = blocks.all((1, 3))[None, :, :, None]
+    if not mask.any():
+        raise UserError(
+            f"the mask knows no latent, which takes {factor}x{factor} known pixels: know more, or use a model of pixels"
+        )
+    return mask
 
 
 def read_image(path: str, space: Space, *, exact: bool = False) -> np.ndarray:

@@ -18,6 +18,7 @@ from score_sde import checkpoint, files, parallel
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
 from score_sde.guidance import OF_CLASSES, Classifier, Guidance, guide
+from score_sde.latents import Coder
 
 RUNS = pathlib.Path("runs")
 PRETRAINED = pathlib.Path(os.path.relpath(pathlib.Path(__file__).resolve().parents[1] / "pretrained"))
@@ -31,6 +32,12 @@ FREE = (
 CLASSES = "classes.json"  # in a run folder: the names of labels 0, 1, ..., if they have any
 START = "start.json"  # in a run folder: the history of the model whose parameters the run started from
 FREE_SECTIONS = ("sampling.", "ems.", "eval.")
+
+
+def folder_for(config: ConfigDict, file: str) -> pathlib.Path:
+    """Where a config's run belongs if nobody says: runs/digits, or runs/classifier_digits for an aid of that kind."""
+    kind, name = build.kind_of(config), pathlib.Path(file).stem
+    return RUNS / (name if kind == "model" else f"{kind}_{name}")
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict):
@@ -132,13 +139,13 @@ def translated(config: dict, source: str) -> dict:
 
 
 def newest_run() -> pathlib.Path:
-    """The run folder under runs/ of a model of images, not a classifier, whose checkpoints changed last.
+    """The run folder under runs/ of a model of images, not of an aid to one, whose checkpoints changed last.
 
     Where there is none, the packed model of this package.
     """
     found = [path.parent for path in RUNS.glob("*/checkpoints") if (path.parent / "config.json").is_file()]
     for run in sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True):
-        if not build.is_classifier(read_config(run)):
+        if build.kind_of(read_config(run)) == "model":
             return run
     if packed.is_packed(PRETRAINED / BOXED):
         return PRETRAINED / BOXED
@@ -180,12 +187,27 @@ class TrainedClassifier(NamedTuple):
         return f"{self.workdir} at step {self.step} ({self.identity})"
 
 
+class TrainedAutoencoder(NamedTuple):
+    """A trained autoencoder, with the averaged parameters of one of its checkpoints."""
+
+    workdir: pathlib.Path
+    config: ConfigDict
+    coder: Coder
+    params: dict
+    step: int
+    identity: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.workdir} at step {self.step} ({self.identity})"
+
+
 def open_model(workdir: str | None = None, step: int | None = None, *, dataset: str | None = None) -> Model:
     """The model of a run folder or a packed one (`newest_run` if None), at a step (the last if None). Says which.
 
     dataset: where its data set is now, if not where its config says.
     """
-    folder, config = _folder_and_config(newest_run() if workdir is None else workdir, classifier=False)
+    folder, config = _folder_and_config(newest_run() if workdir is None else workdir)
     if dataset is not None:
         config.data.dataset = dataset
     diffusion = build.diffusion_of(config, folder)
@@ -229,7 +251,7 @@ def with_size(model: Model, height: int | None = None, width: int | None = None)
 
 def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifier:
     """The classifier of a run folder, refused unless it was trained on the images and the SDE of `model`, if given."""
-    folder, config = _folder_and_config(workdir, classifier=True)
+    folder, config = _folder_and_config(workdir, "classifier")
     classifier = build.classifier_of(config)
     template = jax.eval_shape(classifier.init, jax.random.key(0))
     trained = TrainedClassifier(folder, config, classifier, *_averaged(folder, template, None))
@@ -245,16 +267,31 @@ def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifi
     return trained
 
 
-def _folder_and_config(workdir, *, classifier: bool) -> tuple[pathlib.Path, ConfigDict]:
-    """A run folder and its config, refused unless it is a classifier's, or a model's of images."""
-    folder = pathlib.Path(workdir).expanduser()
+# What a run folder holds, in words, and a config that trains such a one.
+KINDS = {
+    "model": ("a model of images", "configs/digits.py"),
+    "classifier": ("a classifier", "configs/classifier/digits.py"),
+    "autoencoder": ("an autoencoder", "configs/autoencoder/digits.py"),
+}
+
+
+def open_autoencoder(workdir: str) -> TrainedAutoencoder:
+    """The autoencoder of a run folder, as its last checkpoint has it."""
+    folder, config = _folder_and_config(workdir, "autoencoder")
+    coder = build.coder_of(config)
+    template = jax.eval_shape(coder.init, jax.random.key(0))
+    return TrainedAutoencoder(folder, config, coder, *_averaged(folder, template, None))
+
+
+def _folder_and_config(workdir, kind: str = "model") -> tuple[pathlib.Path, ConfigDict]:
+    """A run folder and its config, refused unless it holds that kind."""
+    folder, (wanted, example) = pathlib.Path(workdir).expanduser(), KINDS[kind]
     if not folder.is_dir():
-        raise UserError(f"no such workdir {folder}: train first, python train.py --config=configs/digits.py")
+        raise UserError(f"no such workdir {folder}: train first, python train.py --config={example}")
     config = read_config(folder)
-    if classifier != build.is_classifier(config):
-        held, wanted = ("a model of images", "a classifier") if classifier else ("a classifier", "a model of images")
-        example = "classifier/digits" if classifier else "digits"
-        raise UserError(f"{folder} holds {held}, not {wanted}: train one with --config=configs/{example}.py")
+    if build.kind_of(config) != kind:
+        held = KINDS[build.kind_of(config)][0]
+        raise UserError(f"{folder} holds {held}, not {wanted}: train one with --config={example}")
     return folder, config
 
 

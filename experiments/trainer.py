@@ -1,5 +1,6 @@
 """The training loop: from a config and a folder to a run, which goes on where it was stopped."""
 
+import functools
 import json
 import pathlib
 import signal
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from experiments import build, events, figures, program, runs
+from experiments import autoencoders, build, events, figures, parts, program, runs
 from score_sde import checkpoint, data, files, parallel, power_ema, seeds, training
 from score_sde.denoiser import Diffusion
 from score_sde.errors import UserError
@@ -32,7 +33,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     files.check_writable(workdir)
     if config.model.get("low_res"):
         raise UserError("a model that enlarges small images (model.low_res) is imported and sampled, not trained here")
-    model, fields = build.trainable(config), config.training
+    config, autoencoder = autoencoders.taken(config, workdir)
+    model, fields = build.trainable(config, autoencoder), config.training
     share_of_device = parallel.batch_per_device(fields.batch_size)
     if share_of_device % fields.accumulate:
         raise UserError(
@@ -46,6 +48,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     held_out = data.Stream(data.repeat(build.images_of(config, "test", tell=False), fields.batch_size), **share)
     params, start = starting_params(config, model, workdir)
     runs.claim_workdir(workdir, config)
+    if autoencoder and not parts.path_of(workdir, parts.AUTOENCODER).exists():
+        parts.save(workdir, parts.AUTOENCODER, autoencoder)
     if stream.images.classes is not None:
         names = {str(label): name for label, name in enumerate(stream.images.classes)}
         files.write(workdir / runs.CLASSES, json.dumps(names, indent=2) + "\n")
@@ -54,30 +58,31 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
 
     # ------------------------------------------------------------------------------ the state, new or resumed
     optimizer = training.make_optimizer(**config.optim)
-    loss = build.loss_of(config, model)
-    steps = training.make_step(
-        loss,
-        optimizer,
-        config.seed,
-        ema_rate=fields.ema_rate,
-        ema_warmup=fields.ema_warmup,
-        cooldown=fields.cooldown,
-        accumulate=fields.accumulate,
-        skip_non_finite=fields.non_finite == "skip",
-        power_gammas=tuple(map(power_ema.gamma_of, fields.power_ema)),
-    )
-    step_on_devices = parallel.pmap(
-        lambda signal, *inputs: (*steps(*inputs), parallel.largest(signal)),
-        in_axes=(0, 0, 0, None, None),
-        donate_argnums=1,
-    )
+    loss = functools.partial(build.loss_of, config, model)  # of an autoencoder's parameters, which are arguments
+
+    def take_steps(signal, state, autoencoder, *inputs):
+        steps = training.make_step(
+            loss(autoencoder),
+            optimizer,
+            config.seed,
+            ema_rate=fields.ema_rate,
+            ema_warmup=fields.ema_warmup,
+            cooldown=fields.cooldown,
+            accumulate=fields.accumulate,
+            skip_non_finite=fields.non_finite == "skip",
+            power_gammas=tuple(map(power_ema.gamma_of, fields.power_ema)),
+        )
+        return (*steps(state, *inputs), parallel.largest(signal))
+
+    step_on_devices = parallel.pmap(take_steps, in_axes=(0, 0, 0, 0, None, None), donate_argnums=1)
     held_out_loss = parallel.pmap(
-        lambda ema, batch, step: parallel.mean(
-            loss(ema, batch, jax.random.fold_in(seeds.key(config.seed + 1), step), False).mean()
+        lambda ema, autoencoder, batch, step: parallel.mean(
+            loss(autoencoder)(ema, batch, jax.random.fold_in(seeds.key(config.seed + 1), step), False).mean()
         ),
-        in_axes=(0, 0, None),
+        in_axes=(0, 0, 0, None),
     )
-    show = accuracy(config, model) if build.is_classifier(config) else samples(model)
+    aids = {"classifier": accuracy, "autoencoder": autoencoders.reconstructions}
+    show = aids[kind](config, model) if (kind := build.kind_of(config)) in aids else samples(model)
     checkpoints = checkpoint.Checkpoints(workdir, keep_every=fields.keep_freq)
     state = training.init_state(params, optimizer, power_averages=len(fields.power_ema))
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -96,9 +101,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                 f"{workdir} was trained on other data: images of {stream.images.name} were replaced, renamed or given "
                 "other labels: restore them or start a new run"
             )
+        ours = checkpoint.identity(autoencoder)
+        if (theirs := meta.get("autoencoder", ours)) != ours:
+            raise UserError(
+                f"{workdir} was trained in the latents of autoencoder {theirs}, not {ours}: "
+                f"restore its {parts.AUTOENCODER}.safetensors, or start a new run in another --workdir"
+            )
         print(f"continuing at step {int(state.step)}")
     step = int(state.step)
-    state = parallel.replicate(state)
+    state, frozen = parallel.replicate((state, autoencoder))
 
     # ------------------------------------------------------------------------------ the loop
     caught, stopped, windows = catch_stop_signals(), 0, 0  # the first window of the log has compiled
@@ -109,6 +120,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
         without = parallel.union(stream.images.damaged, stream.images.size)  # they may be restored before it goes on
         meta = {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
         meta["data"] = {"identity": data.identity(marks, without), "without": without}
+        meta |= {"autoencoder": checkpoint.identity(autoencoder)} if autoencoder else {}
         checkpoints.save(parallel.first(state), meta)
 
     looks = (fields.log_freq, fields.eval_freq, fields.checkpoint_freq, fields.keep_freq)
@@ -129,7 +141,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
             # Read before the call, so that a process that cannot read its next images says so in this call's vote.
             following, failure = next_batches(batches, stream, count)
             signals = np.full(jax.local_device_count(), max(caught, default=0) if failure is None else UNREADABLE)
-            state, metrics, vote = step_on_devices(signals, state, inputs, before, np.int32(fields.n_iters))
+            state, metrics, vote = step_on_devices(signals, state, frozen, inputs, before, np.int32(fields.n_iters))
             inputs = following
             bar.update(step - before)
             unread.append(metrics["skipped updates"])
@@ -158,7 +170,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                     failure = error
                 if unreadable := parallel.anywhere(failure is not None):
                     break
-                value = parallel.first(held_out_loss(state.ema, parallel.shard_own(batch), step))
+                value = parallel.first(held_out_loss(state.ema, frozen, parallel.shard_own(batch), step))
                 board.add_scalar("held-out loss (EMA)", value, step)
             if crossed(before, step, fields.checkpoint_freq) or step == fields.n_iters:
                 save()
@@ -197,7 +209,8 @@ def starting_params(config, model, workdir):
     drawn = model.init(seeds.key(config.seed))
     if folder is None or checkpoint.Checkpoints(workdir).steps():
         return drawn, None
-    begun = runs.open_classifier(folder) if build.is_classifier(config) else runs.open_model(folder)
+    opened = {"classifier": runs.open_classifier, "autoencoder": runs.open_autoencoder, "model": runs.open_model}
+    begun = opened[build.kind_of(config)](folder)
     checkpoint.check_fit(folder, "params", checkpoint.layout(drawn), checkpoint.layout(begun.params))
     theirs, ours = begun.config.denoiser, config.denoiser
     for field in ours:

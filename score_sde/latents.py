@@ -5,6 +5,7 @@ network and its parameters, and are pure.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,14 @@ from score_sde.models.autoencoder import Autoencoder, gaussian
 from score_sde.models.clip_text import CLIPText
 from score_sde.space import Space, pixels
 from score_sde.tokenizer import Tokenizer
+
+
+class Coder(NamedTuple):
+    """An autoencoder without its config, as a Diffusion is a model without its own."""
+
+    network: Autoencoder
+    space: Space  # of the images that it codes, in [-1, 1]
+    init: Callable  # key -> params before training
 
 
 def encoder(network: Autoencoder, params: dict, scale: float) -> Callable:

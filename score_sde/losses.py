@@ -1,4 +1,4 @@
-"""Denoising score matching: one loss, of which all published ones are cases; and a classifier's cross-entropy.
+"""Denoising score matching: one loss, of which all published ones are cases; a classifier's, and an autoencoder's.
 
 The loss is w(t) | eps(x_t, t) - z |^2 with x_t = alpha_t x_0 + sigma_t z. Two tables say at which times, TIMES, and
 with which w, WEIGHTS: the continuous, SMLD and DDPM losses (Song et al. 2021, eq. 7; Ho et al. 2020, eq. 14), EDM's
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from score_sde.denoiser import NoiseFn
+from score_sde.models.autoencoder import Autoencoder, gaussian, kl_divergence
 from score_sde.sde import SDE
 
 
@@ -55,6 +56,19 @@ def denoising_score_matching(noise: NoiseFn, sde: SDE, x0, t, z, *, weight=1.0, 
     """
     error = jnp.square(noise(sde.perturb(x0, t, z), t) - z).reshape(len(x0), -1)
     return weight * (error.mean(1) if reduce_mean else 0.5 * error.sum(1))
+
+
+def reconstruction(network: Autoencoder, params: dict, x, keys, *, kl_weight: float):
+    """Mean |x - D(z)| over the numbers of an image, plus kl_weight KL(q(z|x) || N(0, 1)) divided by their count: (B,).
+
+    x: (B, H, W, C) in [-1, 1]; z is drawn from q(z|x), the encoder's, by `keys` (B,). The objective of Rombach et al.
+    2022 (appendix G) without its perceptual and adversarial parts.
+    """
+    moments = network.apply({"params": params}, x, method="encode")
+    mean, log_variance = gaussian(moments)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    back = network.apply({"params": params}, mean + jnp.exp(log_variance / 2) * noise, method="decode")
+    return jnp.abs(back - x).mean((1, 2, 3)) + kl_weight / x[0].size * kl_divergence(moments)
 
 
 def log_probability(logits: Callable, y) -> Callable:

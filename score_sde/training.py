@@ -109,7 +109,8 @@ def make_loss(
     """
 
     def loss(params, batch, key, train: bool):
-        draws = draw(key, batch["index"], batch["image"].shape[1:], times)
+        shape = jax.eval_shape(preprocess, key, batch["image"][0]).shape  # of latents another than the image's
+        draws = draw(key, batch["index"], shape, times)
         x0 = jax.vmap(preprocess)(draws.data, batch["image"])
         y = batch.get("label")
         if train and label_dropout:
@@ -136,6 +137,20 @@ def make_classifier_loss(logits_of: Callable, sde: SDE, preprocess: Callable, *,
         draws = draw(key, batch["index"], batch["image"].shape[1:], times)
         x0 = jax.vmap(preprocess)(draws.data, batch["image"])
         return losses.cross_entropy(logits_of(params), sde, x0, draws.t, draws.z, batch["label"])
+
+    return loss
+
+
+def make_autoencoder_loss(network, preprocess: Callable, *, kl_weight: float) -> Callable:
+    """(params, batch, key, train) -> `losses.reconstruction` of each example (B,).
+
+    network: an Autoencoder without a codebook; preprocess, batch: as for `make_loss`.
+    """
+
+    def loss(params, batch, key, train: bool):
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(batch["index"])
+        x = jax.vmap(preprocess)(keys[:, 0], batch["image"])
+        return losses.reconstruction(network, params, x, keys[:, 1], kl_weight=kl_weight)
 
     return loss
 

@@ -275,11 +275,14 @@ TEMPLATES = {}
 def test_builds(name, monkeypatch):
     """Its SDE and network exist and fit its images, and its docstring counts the parameters right."""
     config = load(name).get_config()
-    checked, key = build._valid_init, (config.model.to_json(), build.space_of(config).shape)
+    if config.latents.autoencoder:  # as training completes it
+        coder = load(f"autoencoder/{pathlib.Path(config.latents.autoencoder).name.removeprefix('autoencoder_')}")
+        config.autoencoder = {key: value for key, value in coder.get_config().model.items() if key != "name"}
+    checked, key = build._valid_init, (config.model.to_json(), build.space_of(config, autoencoder={}).shape)
     if key not in TEMPLATES:
         TEMPLATES[key] = jax.eval_shape(checked(config, build.network_of(config), key[1]), jax.random.key(0))
     monkeypatch.setattr(build, "_valid_init", lambda *_: lambda key: None)
-    build.trainable(config)
+    build.trainable(config, {})
     params = TEMPLATES[key]
     millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     stated = re.search(r"([\d.]+) M parameters", load(name).__doc__)[1]

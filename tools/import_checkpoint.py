@@ -128,6 +128,8 @@ def fitting_configs(convert: Callable, params: dict) -> list[tuple]:
     verdicts, fitting = {}, []
     sizes = {size for array in jax.tree.leaves(params) for size in np.shape(array)}
     for path, config in package_configs():
+        if build.kind_of(config) == "autoencoder" or config.latents.autoencoder:
+            continue  # no published ones
         if not _widths(config.model) <= sizes:
             continue  # to trace each network would take a minute
         shape = build.space_of(config).shape

@@ -19,7 +19,7 @@ from absl import flags
 
 from ems import statistics
 from ems.statistics import EMS
-from experiments import measuring, packed, program, runs
+from experiments import build, measuring, packed, parts, program, runs
 from experiments import report as reports
 from experiments.config import flat, package_configs, portable
 from score_sde import files
@@ -30,6 +30,7 @@ CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; t
 NAME = program.name_flag("name", None, "Folder under pretrained/; the run folder's name if absent.")
 EMS_FILE = program.path_flag("ems", None, "EMS file of the packed model; the best it has if absent.")
 
+AUTOENCODER = parts.path_of("", parts.AUTOENCODER).name  # of a latent model, in half precision
 CARD = ("loss", "bpd", "encoding", "fid", "convergence")  # the metrics on it
 EMA_BYTES, ALL_BYTES = 20_000_000, 25_000_000
 HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to a node's largest value
@@ -37,15 +38,16 @@ HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to
 
 def main():
     model = runs.open_model(WORKDIR.value, CHECKPOINT.value, dataset=program.dataset_at())
-    if model.config.autoencoder:
-        raise UserError(f"{model.name} is a latent model, whose parts one file does not hold: copy its run folder")
+    if model.config.text or model.config.latents.classes:
+        raise UserError(f"{model.name} is told more than times, by parts that are not packed: copy its run folder")
     folder = pack(model, NAME.value, EMS_FILE.value)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     print(f"wrote {folder}: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
     if not (folder / "ems.npz").exists():
         print(f"still to measure, then pack again: {measure_ems(folder)}")
     report = reports.read(folder) or {}
-    for metric in [metric for metric in ("loss", "bpd", "fid") if metric not in report]:
+    wanted = ("loss", "fid") if model.config.autoencoder else ("loss", "bpd", "fid")
+    for metric in [metric for metric in wanted if metric not in report]:
         print(f"still to measure, then pack again: {evaluation(folder, metric)}")
 
 
@@ -69,7 +71,7 @@ def pack(model: runs.Model, name: str | None = None, ems_path: str | None = None
         ems = measuring.load(model, measured)
         origin = ems.origin | dict(data=portable(model.config).data.dataset)
         statistics.save(own, halved(ems._replace(origin=origin)))
-    refuse_large(folder, [packed.NAME, own.name], ALL_BYTES, "EMS: measure them with fewer --nodes")
+    refuse_large(folder, [packed.NAME, own.name, AUTOENCODER], ALL_BYTES, "EMS: measure them with fewer --nodes")
 
     # ------------------------------------------------------------------------------ its card
     report = dict(model=dict(workdir=str(folder), step=model.step, identity=model.identity))
@@ -91,6 +93,9 @@ def pack_parameters(run: runs.Model, folder: pathlib.Path) -> runs.Model:
     before = [made | dict(config=portable(made["config"]).to_dict()) for made in before]
     kept = dict(step=run.step, run=run.identity, training=own["training"], start=before)
     packed.save(folder, packed.rounded(run.params), kept)
+    if run.config.autoencoder:
+        rounded = packed.rounded(build.autoencoder_params(run.config, run.workdir))
+        parts.save(folder, parts.AUTOENCODER, jax.tree.map(np.float16, rounded))
     refuse_large(folder, [packed.NAME], EMA_BYTES, "parameters: pack a smaller network")
     return runs.open_model(str(folder))
 
@@ -139,7 +144,8 @@ def training_command(config, name: str) -> str | None:
         field: value
         for field, value in flat(config).items()
         if plain(value) != plain(theirs.get(field))
-        and not field.startswith((*runs.FREE_SECTIONS, "model.dtype"))  # `portable` has set that
+        # the dtype is set by `portable`, what there is to tell of an autoencoder by training
+        and not field.startswith((*runs.FREE_SECTIONS, "model.dtype", "autoencoder.", "latents.scale"))
     }
     overrides = "".join(f" --config.{field}={value}" for field, value in changed.items())
     return f"`python train.py --config=configs/{name}.py{overrides}`"
@@ -160,15 +166,19 @@ def card(model, report: dict) -> str:
     folder, diffusion, config = model.workdir, model.diffusion, portable(model.config)
     made = packed.load(folder, model.params)[1]
     log = made.get("training")  # a model may have been packed before this was kept
-    height, width, channels = diffusion.space.shape
+    side, channels = config.data.image_size, config.data.num_channels
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(model.params))
     facts = {
-        "images": f"{height}x{width}x{channels}, data set {config.data.dataset}",
+        "images": f"{side}x{side}x{channels}, data set {config.data.dataset}",
         "SDE": f"{statistics.describe_sde(diffusion.sde)}",
         "network": f"{config.model.name}, {size / 1e6:.2f} M parameters, half precision",
         "trained by": training_command(config, folder.name) or "that of config.json",
         "steps": f"{model.step} of the config's {config.training.n_iters}, batches of {config.training.batch_size}",
     }
+    if config.autoencoder:
+        shown, coded = "x".join(map(str, diffusion.space.shape)), build.autoencoder_params(config, folder)
+        millions = sum(np.size(leaf) for leaf in jax.tree.leaves(coded)) / 1e6
+        facts["latents"] = f"{shown}, times {config.latents.scale:g}, of an autoencoder of {millions:.2f} M parameters"
     if log is not None:
         took = f"{log['hours']:.1f} hours" if log["hours"] >= 1 else f"{60 * log['hours']:.1f} minutes"
         facts["time"] = f"{took} between what was logged first and last, without pauses"

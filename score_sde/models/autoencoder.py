@@ -190,6 +190,9 @@ class Autoencoder(nn.Module):
         return self.decode(z if self.num_codes else gaussian(z)[0])
 
 
+AUTOENCODERS = {"autoencoder": Autoencoder}  # config name -> network
+
+
 def gaussian(moments: Array) -> tuple[Array, Array]:
     """Mean and log variance of a latent, each (B, h, w, E), from moments (B, h, w, 2 E); the latter in [-30, 20]."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
