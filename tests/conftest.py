@@ -6,8 +6,9 @@ import tempfile
 import jax
 import pytest
 
-# Compilation is most of the suite's time, and without optimization a fifth of it. One's own flags come last and win.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+from tests.optimized import QUICK
+
+# Compilation is most of the suite's time. One's own flags come last and win.
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 # What is compiled once in a run of the tests is there for all: for both workers, and for the programs that they start.
