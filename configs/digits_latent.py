@@ -3,7 +3,7 @@
     python train.py --config=configs/autoencoder/digits.py
     python train.py --config=configs/digits_latent.py
 
-0.4 M parameters, those of configs/digits.py for images of half the size.
+0.4 M parameters. 318 seconds of one core on a busy machine; expect a test loss of 0.077 (evaluate.py --metrics=loss).
 """
 
 from configs import digits

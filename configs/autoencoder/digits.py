@@ -2,7 +2,7 @@
 
     python train.py --config=configs/autoencoder/digits.py
 
-0.04 M parameters. Expect test images to come back with a PSNR of 22.3 dB.
+0.04 M parameters. 164 seconds of one core on a busy machine; expect test images to come back with a PSNR of 22.3 dB.
 """
 
 from configs import digits, models
