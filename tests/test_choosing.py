@@ -10,7 +10,7 @@ from experiments import choosing, evaluation, measuring, report, samplers
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
 from score_sde.sde import VP
-from tests.test_bad_inputs import as_its_own_process
+from tests.programs import as_its_own_process
 from tests.test_guides import CLASSIFIER, model_in
 
 

@@ -1,6 +1,7 @@
 """An autoencoder is trained, and a model in its latents: the objective, the road, and what is refused on it."""
 
 import functools
+import runpy
 import shutil
 
 import flax.linen as nn
@@ -17,16 +18,7 @@ from experiments import report as reports
 from score_sde import checkpoint, losses, models, training
 from score_sde.errors import UserError
 from score_sde.models.autoencoder import gaussian, kl_divergence
-from tools import pack
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    """Compile without optimizing: what is computed here is small."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
+from tests.programs import as_its_own_process
 
 # ------------------------------------------------------------------------------------------------ the objective
 
@@ -209,7 +201,9 @@ def test_a_latent_run_is_used_like_any_other(folder, monkeypatch):
     images = drawing.sample(model, "dpmpp", steps=5, n=4)
     assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8
     assert evaluation.evaluate(model, ["loss"], evaluation.Options())["loss"]["mean"] > 0
-    boxed = runs.open_model(str(pack.pack(model)))
+    with as_its_own_process("pack"):
+        pack = runpy.run_module("tools.pack")["pack"]
+    boxed = runs.open_model(str(pack(model)))
     np.testing.assert_allclose(drawing.sample(boxed, "dpmpp", steps=5, n=4), images.astype(float), atol=2)
     assert "4x4x3, times" in (folder / "box" / "model" / "card.md").read_text()
     assert parts.path_of(folder / "box" / "model", parts.AUTOENCODER).is_file()

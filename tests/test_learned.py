@@ -17,7 +17,7 @@ NOISE = MIXTURE.noise_fn(SDE)
 
 @pytest.fixture(scope="module")
 def pairs():
-    starts = jax.random.normal(jax.random.key(0), (160, *MIXTURE.means.shape[1:]))
+    starts = jax.random.normal(jax.random.key(0), (96, *MIXTURE.means.shape[1:]))
     fine = jax.tree.map(jnp.float32, solvers.SOLVERS["dpmpp"](SDE, 200))
     return np.asarray(starts), np.asarray(jax.jit(lambda x: tableau.solve(NOISE, fine, x))(starts))
 
@@ -38,7 +38,7 @@ def test_learning_brings_samples_nearer(name, pairs, tables):
     starts, ends = pairs
     table = tables[name]
     plain = jax.jit(lambda table, x: tableau.solve(NOISE, jax.tree.map(jnp.float32, table), x))
-    rms = lambda table: np.sqrt(np.square(np.asarray(plain(table, starts[128:])) - ends[128:]).mean())
+    rms = lambda table: np.sqrt(np.square(np.asarray(plain(table, starts[64:])) - ends[64:]).mean())
     result = learned.learn(lambda params, rows: NOISE, {}, SDE, table, starts, ends, held_out=32, iterations=6)
     np.testing.assert_allclose(result.held_out[0], rms(table), rtol=1e-4)
     better = learned.corrected(learned.with_history(table), SDE, result.corrections)

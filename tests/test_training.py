@@ -14,6 +14,7 @@ from score_sde import checkpoint, parallel, training
 from score_sde import sde as sde_lib
 from score_sde.errors import UserError
 from tests import reference
+from tests.optimized import optimized_jit
 from tests.programs import ROOT, environment
 
 
@@ -184,8 +185,8 @@ def test_finite_runs_are_the_published_ones_to_the_bit():
     optimizer = training.make_optimizer(lr=1e-3, beta1=0.9, eps=1e-8, warmup=2, grad_clip=1.0, weight_decay=0.0)
     params = Convolutions().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
     ours = theirs = training.init_state(params, optimizer)
-    step = jax.jit(training.make_step(loss, optimizer, 7, ema_rate=0.9, ema_warmup=False))
-    published = jax.jit(lambda state, batch: published_step(loss, optimizer, state, batch))
+    step = optimized_jit(training.make_step(loss, optimizer, 7, ema_rate=0.9, ema_warmup=False))
+    published = optimized_jit(lambda state, batch: published_step(loss, optimizer, state, batch))
     batches = toy_batches(5, 8)
     for i in range(5):
         batch = jax.tree.map(lambda b: b[i : i + 1], batches)
