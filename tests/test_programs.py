@@ -102,6 +102,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
 def test_samples_depend_on_index_and_seed_alone(run, tmp_path):
     """The same images from one batch of eight, from batches of four, and over two devices."""
     sampled = {}
+    shutil.rmtree(run / "ems", ignore_errors=True)  # of another test
     for name, batch, devices in (("one", 8, 1), ("two", 4, 1), ("devices", 8, 2)):
         common = ["--solver=dpmv3", "--steps=5", "--num_samples=8", f"--workdir={run}", f"--name={name}"]
         out = ok(program("sample", *common, f"--batch_size={batch}", devices=devices))
