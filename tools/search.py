@@ -110,6 +110,7 @@ def search(
     published, _ = build(**given)
     fine = dpm_solver_pp(sde, model.config.eval.fine_steps, order=2)
     index = np.arange(parallel.round_up(noises))
+    print(f"{2 * len(index)} fine solutions of {model.config.eval.fine_steps} evaluations, then the search", flush=True)
     searching, judging = (Trajectories(diffusion, guided.params, each, index, fine) for each in (seed + 1, seed))
     seconds = 30 * minutes if learn else 60 * minutes  # of the search, before anything is learned
     deadline = time.monotonic() + seconds
