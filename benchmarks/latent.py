@@ -155,6 +155,7 @@ def peak_gb() -> float:
 
 
 def write(path: pathlib.Path, what: str, times: dict, arrays: dict, peak: float | None = None):
+    """Keep what a process found: its figures, with its peak of memory in GB by now if none is given, and its arrays."""
     path.with_suffix(".json").write_text(json.dumps(dict(what=what, **times, peak=peak or peak_gb())))
     np.savez(path.with_suffix(".npz"), **arrays)
 

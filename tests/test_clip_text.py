@@ -68,6 +68,20 @@ def test_names_of_openclip():
     compared(h, stored["penultimate_final_norm"], 2e-6, "OpenCLIP")
 
 
+def test_names_of_transformers_5():
+    """They lack the prefix; the parameters are the same."""
+    state = state_of("L_text", "quick_gelu")
+    bare = {name.removeprefix("text_model."): array for name, array in state.items()}
+    assert not set(bare) & set(state)
+    network = clip_text.of_state(bare, heads=4)
+    assert network == clip_text.of_state(state, heads=4)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        clip_text.from_published(bare, network),
+        clip_text.from_published(state, network),
+    )
+
+
 def test_full_size():
     case = reference.description("L_text")["full_size"]["clip_vit_l14_text"]
     state = {entry: np.broadcast_to(np.float32(0), shape) for entry, shape, *_ in case["state_dict"]}

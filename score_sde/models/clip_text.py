@@ -127,13 +127,21 @@ def from_published(state: Mapping[str, np.ndarray], network: CLIPText) -> dict:
 
     Layers beyond those of `network` are left out. UserError as of names.parameters.
     """
-    state = from_openclip(state) if "positional_embedding" in state else dict(state)
+    state = transformers_names(state)
     layers = dict(TOP)
     for i in range(network.layers):
         layers |= {f"layer_{i}/{ours}": f"text_model.encoder.layers.{i}.{theirs}" for ours, theirs in LAYER.items()}
     beyond = [name for name in state if (number := layer_of(name)) is not None and number >= network.layers]
     shapes = shapes_of(network, jax.ShapeDtypeStruct((1, network.length), jnp.int32))
     return parameters(state, published(layers, shapes), shapes, unused=[*UNUSED, *beyond])
+
+
+def transformers_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state_dict under the names above; OpenCLIP has others, transformers 5 writes them without `text_model.`."""
+    if "positional_embedding" in state:
+        return from_openclip(state)
+    prefix = "text_model." if "embeddings.token_embedding.weight" in state else ""
+    return {prefix + name: array for name, array in state.items()}
 
 
 def from_openclip(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -167,7 +175,7 @@ def of_state(state: Mapping[str, np.ndarray], **changes) -> CLIPText:
     are to be given.
     """
     openclip = "positional_embedding" in state
-    names = from_openclip(state) if openclip else state
+    names = transformers_names(state)
     try:
         vocab_size, width = names["text_model.embeddings.token_embedding.weight"].shape
         length = len(names["text_model.embeddings.position_embedding.weight"])
