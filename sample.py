@@ -85,8 +85,8 @@ PROMPT = flags.DEFINE_string("prompt", None, "What samples of a model with a tex
 PROMPTS = program.path_flag("prompts", None, "File of prompts, one a line; sample i shows the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
 STRENGTH = flags.DEFINE_float("strength", None, "How much of --image is drawn anew, from 0, nothing, to 1, all.")
-HEIGHT = flags.DEFINE_integer("height", None, "Pixels of images of a latent model; the config's if absent.")
-WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
+HEIGHT = flags.DEFINE_integer("height", None, "Height of images of a latent model, in pixels; the config's if absent.")
+WIDTH = flags.DEFINE_integer("width", None, "Width of these images, in pixels; the config's if absent.")
 NAME = program.name_flag("name", None, "Folder under <workdir>/samples/; made from the solver if absent.")
 
 
@@ -118,7 +118,7 @@ def main():
     tasks.check(task, solver, given)
     if base is not None and (beside is not None or task is not None or solver == "auto"):
         raise UserError("--base_samples: an upsampler takes no --task, --classifier, --autoguidance and --solver=auto")
-    model = upsampling.enlarging(runs.with_guidance(plain, guidance, label=LABEL.value, beside=beside), base)
+    model = upsampling.with_base_samples(runs.with_guidance(plain, guidance, label=LABEL.value, beside=beside), base)
     known = measured = None
     if task in inverse_problems.TASKS and solver == "pc":
         known = restoration.known_of(plain, task, IMAGE.value, MASK.value)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.inverse --workdir=pretrained/fashion_mnist [--num_samples=256] [--tasks=inpaint,deblur]
 
-One sample of each of the first test images. PSNR is that of the samples to the images, 10 log10(range^2 / mean square)
-with the mean over all of them; a sample of a wide posterior is far from the image, however right it is. The Frechet
+One sample of each of the first test images. PSNR is that of the samples to the images, of the mean square
+over all of them; a sample of a wide posterior is far from the image, however right it is. The Frechet
 distance is that of the samples to the training images, in the features of the local network (benchmarks/few_steps.py);
 the images themselves are its floor. The predictor-corrector sampler has published conditions for inpainting and
 colorization only. Seconds are those of one image in a batch, after compilation.
@@ -15,14 +15,14 @@ import numpy as np
 from absl import flags
 
 from benchmarks import study
-from experiments import build, drawing, inverse_problems, measuring, program, restoration, runs
+from experiments import build, drawing, inverse_problems, measuring, program, quality, restoration, runs
 from score_sde import parallel
 from score_sde.inverse import METHODS
 from score_sde.metrics import features
 
-TASKS = flags.DEFINE_list("tasks", ["inpaint", "super_resolve", "deblur"], "Those to be done, of sample.py --task.")
-EVALUATIONS = flags.DEFINE_integer("evaluations", 20, "Of the few-step solvers.", lower_bound=2)
-PC_STEPS = flags.DEFINE_integer("pc_steps", 1000, "Of the predictor-corrector sampler; 0 leaves it out.", lower_bound=0)
+TASKS = flags.DEFINE_list("tasks", ["inpaint", "super_resolve", "deblur"], "Tasks, as those of sample.py --task.")
+EVALUATIONS = flags.DEFINE_integer("evaluations", 20, "Evaluations of the few-step solvers.", lower_bound=2)
+PC_STEPS = flags.DEFINE_integer("pc_steps", 1000, "Steps of the predictor-corrector sampler; 0: none.", lower_bound=0)
 
 SOLVERS = ("dpmpp", "dpmv3")
 
@@ -67,7 +67,7 @@ def compared(
                 raise samples.failure
             drawn = put_back(samples.images)
             seconds = np.median(samples.seconds[1:] or samples.seconds) / len(drawn)
-            rows[name] = (method.evaluations, psnr(drawn, truth), frechet(drawn), float(seconds))
+            rows[name] = (method.evaluations, float(quality.psnr(drawn, truth)), frechet(drawn), float(seconds))
     return found, frechet(truth)
 
 
@@ -85,12 +85,6 @@ def methods(
     if pc_steps and task in ("inpaint", "colorize"):
         known = restoration.known_of(model, task)._replace(images=images)
         yield "predictor-corrector", drawing.pc(model, pc_steps, known=known), known.put_back
-
-
-def psnr(samples: np.ndarray, images: np.ndarray) -> float:
-    """10 log10(255^2 / mean square difference) of uint8 images, in dB."""
-    differences = samples.astype(np.float64) - images
-    return float(10 * np.log10(255**2 / np.square(differences).mean()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What the studies share: flags, samples from the same noises, their features, and where results are kept."""
 
 import json
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
@@ -54,8 +53,8 @@ def fine_solution(model: runs.Model, part: int = 1) -> tableau.Tableau:
 
 def feature_network(model: runs.Model) -> features.FeatureNetwork:
     """The network of --network, or the local one of the model's data set, of this package or in runs/."""
-    stem = f"resnet20_{pathlib.Path(model.config.data.dataset).stem}"
-    own = features.local_networks().get(stem.replace("_", "-", 1), runs.RUNS / f"{stem}.npz")
+    name = features.local_name(model.config.data.dataset)
+    own = features.local_networks().get(name, runs.RUNS / f"{name.replace('-', '_', 1)}.npz")
     if NETWORK.value is None and not own.exists():
         raise UserError(f"no feature network {own}: train it by python -m tools.train_features with --folder=runs")
     return features.local(NETWORK.value or own)

@@ -38,8 +38,8 @@ CLASSIFIER = program.path_flag("classifier", None, "The run folder of a classifi
 AUTOGUIDANCE = program.path_flag("autoguidance", None, "An earlier step, or the run folder of a weaker model.")
 PROMPTS = program.path_flag("prompts", None, "File of prompts, one a line; image i belongs to the i-th, by turns.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from; nothing if absent.")
-HEIGHT = flags.DEFINE_integer("height", None, "Pixels of images of a latent model; the config's if absent.")
-WIDTH = flags.DEFINE_integer("width", None, "Likewise.")
+HEIGHT = flags.DEFINE_integer("height", None, "Height of images of a latent model, in pixels; the config's if absent.")
+WIDTH = flags.DEFINE_integer("width", None, "Width of these images, in pixels; the config's if absent.")
 T_END = flags.DEFINE_float("t_end", None, "Where the nodes end; the config's, else the SDE's t_min if absent.")
 SEED = program.seed_flag("Seed of noise and probes.")
 

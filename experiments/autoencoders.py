@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import build, figures, parts, runs, samplers
+from experiments import build, figures, parts, quality, runs, samplers
 from score_sde import checkpoint, data
 from score_sde.errors import UserError
 from score_sde.latents import Coder
@@ -20,7 +20,7 @@ MEASURED = 1024  # images that the scale of latents is measured on
 def reconstructions(config: ConfigDict, coder: Coder, n: int = 1000, pictured: int = 32):
     """(params, workdir, board, step): show how n test images come back from the means of their latents.
 
-    The PSNR of an image is 10 log10(255^2 / mean square of its levels' errors), in dB; their mean is shown.
+    Shown is the mean of the images' own PSNR.
     """
     images = build.images_of(config, "test", tell=False)
     levels = images.take(np.arange(min(n, images.size)))["image"]
@@ -37,8 +37,7 @@ def reconstructions(config: ConfigDict, coder: Coder, n: int = 1000, pictured: i
 
     def show(params, workdir, board, step):
         back, kl = map(np.asarray, back_and_kl(params, levels))
-        square = np.square(back.astype(np.float64) - levels).mean((1, 2, 3))
-        psnr = float(np.mean(10 * np.log10(255**2 / np.maximum(square, 1e-2))))  # equal images have none
+        psnr = float(quality.psnr(back, levels, (1, 2, 3)).mean())
         board.add_scalar("PSNR", psnr, step)
         pairs = np.stack([levels[:pictured], back[:pictured]], 1).reshape(-1, *levels.shape[1:])
         path = workdir / "tensorboard" / f"reconstructions_{step}.png"
@@ -51,8 +50,8 @@ def reconstructions(config: ConfigDict, coder: Coder, n: int = 1000, pictured: i
     return show
 
 
-def taken(config: ConfigDict, workdir: pathlib.Path) -> tuple[ConfigDict, dict]:
-    """The config of a run in the latents of `latents.autoencoder`, completed, and that autoencoder's parameters.
+def complete(config: ConfigDict, workdir: pathlib.Path) -> tuple[ConfigDict, dict]:
+    """Complete the config of a run in the latents of `latents.autoencoder`; give it and that autoencoder's parameters.
 
     A new run opens the named one and measures the scale. A run that goes on has them in its folder; UserError where
     the config is a new one, without the autoencoder's arguments, and the named one was replaced since. Other configs
@@ -62,16 +61,16 @@ def taken(config: ConfigDict, workdir: pathlib.Path) -> tuple[ConfigDict, dict]:
     if source is None:
         return config, {}
     config = config.copy_and_resolve_references()
-    if parts.path_of(workdir, parts.AUTOENCODER).exists():
+    if (workdir / parts.file_of(parts.AUTOENCODER)).exists():
         own = runs.read_config(workdir)
         params = build.autoencoder_params(own, workdir)
         if not config.autoencoder and pathlib.Path(source).expanduser().is_dir():
-            _refuse_replaced(runs.open_autoencoder(source), checkpoint.identity(params), workdir)
+            _refuse_replaced(runs.open_aid(source, "autoencoder"), checkpoint.identity(params), workdir)
         config.autoencoder = config.autoencoder or own.autoencoder
         config.latents.scale = own.latents.scale if config.latents.scale == 1 else config.latents.scale
         return config, params
-    trained = runs.open_autoencoder(source)
-    theirs, fields = trained.coder.space.shape, config.data
+    trained = runs.open_aid(source, "autoencoder")
+    theirs, fields = trained.values.space.shape, config.data
     if theirs != (fields.image_size, fields.image_size, fields.num_channels):
         side = fields.image_size
         raise UserError(
@@ -99,7 +98,7 @@ def measured_scale(config: ConfigDict, params: dict) -> float:
     return float(f"{1 / np.std(encoded(params, samplers.sample_keys(0, index), levels)):.6g}")
 
 
-def _refuse_replaced(trained: runs.TrainedAutoencoder, own: str, workdir: pathlib.Path):
+def _refuse_replaced(trained: runs.Aid, own: str, workdir: pathlib.Path):
     """Refuse another autoencoder than the one, of identity `own`, in whose latents the run of a folder is trained."""
     if trained.identity != own:
         raise UserError(

@@ -49,7 +49,7 @@ def write(workdir: str | pathlib.Path, std: float, out: str | pathlib.Path, step
             part = jax.tree.map(lambda *leaves, own=own: np.tensordot(own, np.stack(leaves), 1), *state.power_ema)
             total = part if total is None else jax.tree.map(np.add, total, part)
         average = jax.tree.map(np.float32, total)
-        for name in (runs.CLASSES, runs.START, parts.path_of("", parts.AUTOENCODER).name):
+        for name in (runs.CLASSES, runs.START, parts.file_of(parts.AUTOENCODER)):
             if (workdir / name).exists():
                 shutil.copy(workdir / name, out / name)
         written.save(state._replace(params=average, ema=average), {"averaged": f"width {std:g} of {workdir}"})

@@ -373,8 +373,12 @@ def _refuse_lost_data(config: ConfigDict, sde: SDE):
 
 def _valid_init(config: ConfigDict, network, shape: tuple[int, int, int]) -> Callable:
     """key -> parameters before training; refused if the network cannot take images of this shape."""
-    inputs = [jnp.zeros((1, *shape)), jnp.ones((1,))][: 1 if kind_of(config) == "autoencoder" else 2]
-    init = jax.jit(lambda key: network.init(key, *inputs)["params"])
+
+    @jax.jit
+    def init(key):
+        time = () if kind_of(config) == "autoencoder" else (jnp.ones((1,)),)
+        return network.init(key, jnp.zeros((1, *shape)), *time)["params"]
+
     try:
         jax.eval_shape(init, jax.random.key(0))
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:

@@ -132,7 +132,7 @@ def checked(model: runs.Model, metrics: list[str], options: Options) -> Options:
             elif options.ems is not None:
                 options.ems_for(solver, model)
     if "bpd" in metrics:
-        build.pixels_of(model.config)
+        build.pixels_of(model.config)  # refuses latents, which have none
         likelihood_probes(model)
     if "fid" in metrics:
         network = options.network(model.config)

@@ -17,7 +17,7 @@ def guide_of(model: Model, *, classifier: str | None = None, autoguidance: str |
         raise UserError("--classifier and --autoguidance: one of them guides, leave the other out")
     if classifier is not None:
         trained = runs.open_classifier(classifier, model)
-        part = dict(classifier=trained.classifier)
+        part = dict(classifier=trained.values)
         flag = f"--classifier={classifier}"
         return Guide(f"classifier {trained.identity}", trained.name, flag, part, trained.params)
     return None if autoguidance is None else _weaker(model, autoguidance)

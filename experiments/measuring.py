@@ -161,7 +161,7 @@ def training_images(model: runs.Model) -> Source:
     except UserError as error:
         remedy = "without the images, python -m ems --data=samples measures on own samples"
         if enlarges:
-            remedy = "of a model that enlarges, EMS are measured on these alone: say where they are by --dataset_at"
+            remedy = "EMS of a model that enlarges images need the data set: say where it is by --dataset_at"
         raise UserError(f"{error}; {remedy}") from None
     order = data.permutation(0, 0, images.size)
     encode = jax.jit(jax.vmap(model.diffusion.space.encode))
@@ -275,13 +275,13 @@ def measure(
         origin |= dict(size=size_of(diffusion))
     if prompts is not None:
         origin |= dict(prompts=prompts.name, negative_prompt=prompts.negative)
-    if model.config.model.get("low_res"):
-        diffusion = upsampling.with_conditions(diffusion, images.take(np.arange(JUDGED_SAMPLES) % images.size)[1])
-        model = model._replace(diffusion=diffusion)
     path = path_of(model, origin)
     if path.exists():
         print(f"EMS: already measured, {path}")
         return path
+    if model.config.model.get("low_res"):
+        diffusion = upsampling.with_conditions(diffusion, images.take(np.arange(JUDGED_SAMPLES) % images.size)[1])
+        model = model._replace(diffusion=diffusion)
     evaluations, megabytes = len(node.t) * used, moments.bytes_needed(len(node.t), shape) / 1e6
     about = "" if guidance_scale is None else f", guidance {guidance_scale:g}"
     about += "" if guided_by is None else f" by {guided_by}"

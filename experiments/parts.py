@@ -14,21 +14,21 @@ from score_sde.errors import UserError, one_line
 AUTOENCODER, TEXT, CLASSES, TOKENIZER = "autoencoder", "text", "classes", "tokenizer"  # the last one is a folder
 
 
-def path_of(folder, name: str) -> pathlib.Path:
-    """The file of a part."""
-    return pathlib.Path(folder) / f"{name}.safetensors"
+def file_of(name: str) -> str:
+    """The name of a part's file."""
+    return f"{name}.safetensors"
 
 
 def save(folder, name: str, params: dict):
     """Write a part's parameters, in the floating-point types that they have, and their identity."""
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     content = safetensors.numpy.save(arrays, metadata=dict(identity=checkpoint.identity(params)))
-    files.write(path_of(folder, name), content)
+    files.write(pathlib.Path(folder) / file_of(name), content)
 
 
 def load(folder, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict:
     """A part's parameters; UserError unless they have these shapes, by path, and are what was written."""
-    path = path_of(folder, name)
+    path = pathlib.Path(folder) / file_of(name)
     try:
         with safetensors.safe_open(path, "np") as file:
             identity = (file.metadata() or {}).get("identity")

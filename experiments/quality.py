@@ -35,7 +35,7 @@ def feature_network(
 
     name: "inception", one of `features.local_networks()`, or an .npz of python -m tools.train_features.
     """
-    name = name or ("inception" if inception_weights else f"resnet20-{pathlib.Path(config.data.dataset).stem}")
+    name = name or ("inception" if inception_weights else features.local_name(config.data.dataset))
     known = features.local_networks()
     if name != "inception" and name not in known and not name.endswith(".npz"):
         raise UserError(
@@ -52,7 +52,7 @@ def feature_network(
     return network
 
 
-def seen_by(network: features.FeatureNetwork, space: Space) -> Callable:
+def differentiable_features(network: features.FeatureNetwork, space: Space) -> Callable:
     """x (B, H, W, C) of pixels -> the network's features (B, D) of unrounded levels, which have a derivative by x."""
 
     def apply(x):
@@ -61,6 +61,15 @@ def seen_by(network: features.FeatureNetwork, space: Space) -> Callable:
         return network.apply(network.params, jnp.repeat(levels, repeats, -1))[0]
 
     return apply
+
+
+def psnr(images: np.ndarray, others: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
+    """Peak signal-to-noise ratio of levels 0..255, 10 log10(255^2 / mean square difference), in dB.
+
+    axis: of the mean; all if None. Equal images, which have none, count as a mean square of 0.01.
+    """
+    square = np.square(images.astype(np.float64) - others).mean(axis)
+    return 10 * np.log10(255**2 / np.maximum(square, 1e-2))
 
 
 class Drawer(NamedTuple):

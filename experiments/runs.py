@@ -172,27 +172,12 @@ class Model(NamedTuple):
         return RUNS / "pretrained" / self.workdir.name if packed.is_packed(self.workdir) else self.workdir
 
 
-class TrainedClassifier(NamedTuple):
-    """A trained classifier, with the averaged parameters of one of its checkpoints."""
+class Aid(NamedTuple):
+    """A trained classifier or autoencoder, with the averaged parameters of its last checkpoint."""
 
     workdir: pathlib.Path
     config: ConfigDict
-    classifier: Classifier
-    params: dict
-    step: int
-    identity: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.workdir} at step {self.step} ({self.identity})"
-
-
-class TrainedAutoencoder(NamedTuple):
-    """A trained autoencoder, with the averaged parameters of one of its checkpoints."""
-
-    workdir: pathlib.Path
-    config: ConfigDict
-    coder: Coder
+    values: Classifier | Coder  # what its config stands for, as `diffusion` of a model
     params: dict
     step: int
     identity: str
@@ -249,24 +234,6 @@ def with_size(model: Model, height: int | None = None, width: int | None = None)
     return model._replace(diffusion=model.diffusion._replace(space=space._replace(shape=(h, w, space.shape[2]))))
 
 
-def open_classifier(workdir: str, model: Model | None = None) -> TrainedClassifier:
-    """The classifier of a run folder, refused unless it was trained on the images and the SDE of `model`, if given."""
-    folder, config = _folder_and_config(workdir, "classifier")
-    classifier = build.classifier_of(config)
-    template = jax.eval_shape(classifier.init, jax.random.key(0))
-    trained = TrainedClassifier(folder, config, classifier, *_averaged(folder, template, None))
-    print("\n".join([f"classifier: {trained.name}", *build.class_lines(read_classes(folder))]))
-    if model is not None:
-        about = lambda value: (("sde", value.sde), ("image_shape", value.space.shape), ("data_range", value.space[3:]))
-        for (what, theirs), (_, ours) in zip(about(classifier), about(model.diffusion), strict=True):
-            if theirs != ours:
-                raise UserError(
-                    f"{workdir} and {model.workdir} do not fit: the classifier's {what} is {theirs}, the model's "
-                    f"{ours}: train one for the other"
-                )
-    return trained
-
-
 # What a run folder holds, in words, and a config that trains such a one.
 KINDS = {
     "model": ("a model of images", "configs/digits.py"),
@@ -275,12 +242,27 @@ KINDS = {
 }
 
 
-def open_autoencoder(workdir: str) -> TrainedAutoencoder:
-    """The autoencoder of a run folder, as its last checkpoint has it."""
-    folder, config = _folder_and_config(workdir, "autoencoder")
-    coder = build.coder_of(config)
-    template = jax.eval_shape(coder.init, jax.random.key(0))
-    return TrainedAutoencoder(folder, config, coder, *_averaged(folder, template, None))
+def open_aid(workdir: str, kind: str) -> Aid:
+    """The classifier or autoencoder of a run folder, as its last checkpoint has it."""
+    folder, config = _folder_and_config(workdir, kind)
+    values = build.trainable(config)
+    template = jax.eval_shape(values.init, jax.random.key(0))
+    return Aid(folder, config, values, *_averaged(folder, template, None))
+
+
+def open_classifier(workdir: str, model: Model | None = None) -> Aid:
+    """The classifier of a run folder, refused unless it was trained on the images and the SDE of `model`, if given."""
+    trained = open_aid(workdir, "classifier")
+    print("\n".join([f"classifier: {trained.name}", *build.class_lines(read_classes(trained.workdir))]))
+    if model is not None:
+        about = lambda value: (("sde", value.sde), ("image_shape", value.space.shape), ("data_range", value.space[3:]))
+        for (what, theirs), (_, ours) in zip(about(trained.values), about(model.diffusion), strict=True):
+            if theirs != ours:
+                raise UserError(
+                    f"{workdir} and {model.workdir} do not fit: the classifier's {what} is {theirs}, the model's "
+                    f"{ours}: train one for the other"
+                )
+    return trained
 
 
 def _folder_and_config(workdir, kind: str = "model") -> tuple[pathlib.Path, ConfigDict]:

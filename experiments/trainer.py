@@ -33,7 +33,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     files.check_writable(workdir)
     if config.model.get("low_res"):
         raise UserError("a model that enlarges small images (model.low_res) is imported and sampled, not trained here")
-    config, autoencoder = autoencoders.taken(config, workdir)
+    config, autoencoder = autoencoders.complete(config, workdir)
     model, fields = build.trainable(config, autoencoder), config.training
     share_of_device = parallel.batch_per_device(fields.batch_size)
     if share_of_device % fields.accumulate:
@@ -48,7 +48,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     held_out = data.Stream(data.repeat(build.images_of(config, "test", tell=False), fields.batch_size), **share)
     params, start = starting_params(config, model, workdir)
     runs.claim_workdir(workdir, config)
-    if autoencoder and not parts.path_of(workdir, parts.AUTOENCODER).exists():
+    if autoencoder and not (workdir / parts.file_of(parts.AUTOENCODER)).exists():
         parts.save(workdir, parts.AUTOENCODER, autoencoder)
     if stream.images.classes is not None:
         names = {str(label): name for label, name in enumerate(stream.images.classes)}
@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
     state = training.init_state(params, optimizer, power_averages=len(fields.power_ema))
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{workdir}: {size / 1e6:.2f} M parameters, {stream.images.size} images, {jax.device_count()} device(s)")
-    marks = stream.images.marks()
+    marks, coded_by = stream.images.marks(), checkpoint.identity(autoencoder)
     if last := checkpoints.last(lambda step: checkpoints.restore(step, state)):
         _, (state, meta) = last
         theirs = meta.get("stream", "those of another program")
@@ -101,11 +101,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
                 f"{workdir} was trained on other data: images of {stream.images.name} were replaced, renamed or given "
                 "other labels: restore them or start a new run"
             )
-        ours = checkpoint.identity(autoencoder)
-        if (theirs := meta.get("autoencoder", ours)) != ours:
+        if (theirs := meta.get("autoencoder", coded_by)) != coded_by:
             raise UserError(
-                f"{workdir} was trained in the latents of autoencoder {theirs}, not {ours}: "
-                f"restore its {parts.AUTOENCODER}.safetensors, or start a new run in another --workdir"
+                f"{workdir} was trained in the latents of autoencoder {theirs}, not {coded_by}: "
+                f"restore its {parts.file_of(parts.AUTOENCODER)}, or start a new run in another --workdir"
             )
         print(f"continuing at step {int(state.step)}")
     step = int(state.step)
@@ -120,7 +119,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, minutes: float | None = 
         without = parallel.union(stream.images.damaged, stream.images.size)  # they may be restored before it goes on
         meta = {"stream": stream_identity(config, stream), "position": done(), "seed": config.seed}
         meta["data"] = {"identity": data.identity(marks, without), "without": without}
-        meta |= {"autoencoder": checkpoint.identity(autoencoder)} if autoencoder else {}
+        meta |= {"autoencoder": coded_by} if autoencoder else {}
         checkpoints.save(parallel.first(state), meta)
 
     looks = (fields.log_freq, fields.eval_freq, fields.checkpoint_freq, fields.keep_freq)
@@ -209,7 +208,8 @@ def starting_params(config, model, workdir):
     drawn = model.init(seeds.key(config.seed))
     if folder is None or checkpoint.Checkpoints(workdir).steps():
         return drawn, None
-    opened = {"classifier": runs.open_classifier, "autoencoder": runs.open_autoencoder, "model": runs.open_model}
+    open_autoencoder = functools.partial(runs.open_aid, kind="autoencoder")
+    opened = {"classifier": runs.open_classifier, "autoencoder": open_autoencoder, "model": runs.open_model}
     begun = opened[build.kind_of(config)](folder)
     checkpoint.check_fit(folder, "params", checkpoint.layout(drawn), checkpoint.layout(begun.params))
     theirs, ours = begun.config.denoiser, config.denoiser

@@ -46,7 +46,8 @@ def read(model: Model, path: str | None, label: int | None = None, count: int | 
             f"{model.name} enlarges small images: give them, --base_samples=runs/base/samples/NAME/samples.npz or a "
             "folder of images"
         )
-    raw = sources.choose_split(sources.read_source(path).splits, "all", path)
+    source = sources.read_source(path)
+    raw = sources.choose_split(source.splits, "all", path)
     if raw.size == 0:
         raise UserError(f"{path} holds no images")
     first, (height, _, channels) = raw.record(0)[0], model.diffusion.space.shape
@@ -56,7 +57,7 @@ def read(model: Model, path: str | None, label: int | None = None, count: int | 
             f"{path} holds images of height {small}: {model.name} makes {height}x{height} of "
             f"{height // FACTOR}x{height // FACTOR}"
         )
-    images = sources.load(path, "all", image_size=small, num_channels=channels)
+    images = sources.load(path, "all", image_size=small, num_channels=channels, source=source)
     batch = images.take(np.arange(min(images.size, count or images.size)))
     classes = model.diffusion.num_classes
     return BaseSamples(batch["image"], classes_of(batch, path, classes, label) if classes else None)
@@ -70,7 +71,7 @@ def classes_of(batch: dict, path: str, classes: int, label: int | None) -> np.nd
     elif label is None and record.is_file():
         told = json.loads(record.read_text()).get("label")
         labels = by_turns(classes)(np.arange(n)) if told is None else np.full(n, told)
-        print(f"{path}: of {f'class {told}' if told is not None else 'all classes by turns'}, as drawn")
+        print(f"{path} was drawn of {'all classes by turns' if told is None else f'class {told}'}")
     elif label is None:
         raise UserError(f"{path} names no classes, of which the model is told: give one for all, as in --label=3")
     else:
@@ -80,7 +81,7 @@ def classes_of(batch: dict, path: str, classes: int, label: int | None) -> np.nd
     return np.asarray(labels, np.int32)
 
 
-def enlarging(model: Model, base: BaseSamples | None) -> Model:
+def with_base_samples(model: Model, base: BaseSamples | None) -> Model:
     """The model whose sample i enlarges image i modulo their number; its params are the pair (its own, the images)."""
     if base is None:
         return model

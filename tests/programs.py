@@ -116,6 +116,12 @@ def as_its_own_process(*arguments):
             given.register_flag_by_module(modules[name], flag)
 
 
+def contents(name: str) -> dict:
+    """The names in a program's module, whose flags are out of the way of other programs'."""
+    with as_its_own_process(name):
+        return runpy.run_module(PROGRAMS[name])
+
+
 def run(name: str, *arguments: str) -> int:
     """Run a program in this process, by its own `if __name__ == "__main__"`; its exit code."""
     with as_its_own_process(name, *arguments), pytest.raises(SystemExit) as ended:

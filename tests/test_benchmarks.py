@@ -18,6 +18,7 @@ def run_studies(folder) -> dict:
     from benchmarks import ems_budget, few_steps, ingredients, inverse, samplers, study
     from configs import digits
     from ems import statistics
+    from experiments import quality
     from score_sde import sde
     from score_sde.denoiser import Diffusion
     from score_sde.metrics import features, resnet
@@ -58,8 +59,8 @@ def run_studies(folder) -> dict:
         ems_budget=ems_budget.compared(model, [33, 66, 132], SEEDS, SAMPLES),
         samplers=samplers.compared(model, network, 25, SAMPLES, SEEDS),
         inverse=inverse.compared(model, network, ["inpaint", "super_resolve"], 16, 10, 25),
-        psnr_of_others=inverse.psnr(splits["test_images"], np.roll(splits["test_images"], 1, 0)),
-        psnr=inverse.psnr(np.full((2, 4, 4, 1), 9), np.full((2, 4, 4, 1), 5)),
+        psnr_of_others=quality.psnr(splits["test_images"], np.roll(splits["test_images"], 1, 0)),
+        psnr=quality.psnr(np.full((2, 4, 4, 1), 9), np.full((2, 4, 4, 1), 5)),
         files=sorted(path.name for path in folder.iterdir()),
     )
 

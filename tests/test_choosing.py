@@ -1,7 +1,7 @@
 """--solver=auto: what is measured once is the best, is kept and found again, and a search's file goes before it."""
 
 import json
-import runpy
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from experiments import choosing, evaluation, measuring, report, samplers
 from score_sde.errors import UserError
 from score_sde.guidance import Guidance
 from score_sde.sde import VP
-from tests.programs import as_its_own_process
+from score_sde.space import pixels
+from tests import programs
 from tests.test_guides import CLASSIFIER, model_in
 
 
@@ -86,8 +87,7 @@ def test_a_file_of_another_sde_is_refused(small):
 
 def test_a_search_for_a_model_guided_by_a_classifier(small, capsys):
     """Its file is for that guide alone, and is what --solver=auto takes."""
-    with as_its_own_process("search"):
-        search = runpy.run_module("tools.search")["search"]
+    search = programs.contents("search")["search"]
     given = dict(noises=4, minutes=0.1, guidance=Guidance(2.0), beside=CLASSIFIER)
     path, held_out = search(small, "ddim", 3, {}, **given)
     assert path.name == "step8-ddim-3-guidance2-by-classifier-one.json"
@@ -95,3 +95,19 @@ def test_a_search_for_a_model_guided_by_a_classifier(small, capsys):
     with pytest.raises(UserError, match="was searched for guidance 2 by classifier one, sampling has no guidance"):
         samplers.read_search(small, str(path))
     assert choosing.best(small, 3, guidance=Guidance(2.0), beside=CLASSIFIER)[1] == path
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shape", "name"),
+    [
+        ("data/cifar10.npz", (32, 32, 3), "resnet20-cifar10"),
+        ("cifar10", (16, 16, 3), None),
+        ("digits", (8, 8, 1), None),
+        (None, (32, 32, 3), None),
+    ],
+)
+def test_learning_counts_features_of_images_of_this_size_alone(dataset, shape, name):
+    config = types.SimpleNamespace(data=types.SimpleNamespace(dataset=dataset))
+    own_network = programs.contents("search")["own_network"]
+    network = own_network(types.SimpleNamespace(config=config, diffusion=types.SimpleNamespace(space=pixels(shape))))
+    assert (network and network.name) == name

@@ -1,7 +1,6 @@
 """An autoencoder is trained, and a model in its latents: the objective, the road, and what is refused on it."""
 
 import functools
-import runpy
 import shutil
 
 import flax.linen as nn
@@ -18,7 +17,7 @@ from experiments import report as reports
 from score_sde import checkpoint, losses, models, training
 from score_sde.errors import UserError
 from score_sde.models.autoencoder import gaussian, kl_divergence
-from tests.programs import as_its_own_process
+from tests import programs
 
 # ------------------------------------------------------------------------------------------------ the objective
 
@@ -139,15 +138,15 @@ def state_of(workdir):
 
 def test_an_autoencoder_shows_what_it_reaches(folder, capsys):
     """The PSNR of the levels themselves, and its picture; averaged parameters come back."""
-    opened = runs.open_autoencoder(folder / "coder")
+    opened = runs.open_aid(folder / "coder", "autoencoder")
     boards = []
     board = type("Board", (), dict(add_scalar=lambda self, *values: boards.append(values)))()
-    show = autoencoders.reconstructions(opened.config, opened.coder)
+    show = autoencoders.reconstructions(opened.config, opened.values)
     show(opened.params, folder / "coder", board, 4)
     levels = build.images_of(opened.config, "test", tell=False).take(np.arange(8))["image"]
     x = levels / np.float32(127.5) - 1
-    moments = opened.coder.network.apply({"params": opened.params}, x, method="encode")
-    back = opened.coder.network.apply({"params": opened.params}, gaussian(moments)[0], method="decode")
+    moments = opened.values.network.apply({"params": opened.params}, x, method="encode")
+    back = opened.values.network.apply({"params": opened.params}, gaussian(moments)[0], method="decode")
     square = np.square(np.clip(127.5 * (np.asarray(back) + 1), 0, 255) - levels).mean((1, 2, 3))
     (name, psnr, step), out = boards[0], "".join(capsys.readouterr())
     assert (name, step) == ("PSNR", 4)
@@ -201,12 +200,11 @@ def test_a_latent_run_is_used_like_any_other(folder, monkeypatch):
     images = drawing.sample(model, "dpmpp", steps=5, n=4)
     assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8
     assert evaluation.evaluate(model, ["loss"], evaluation.Options())["loss"]["mean"] > 0
-    with as_its_own_process("pack"):
-        pack = runpy.run_module("tools.pack")["pack"]
+    pack = programs.contents("pack")["pack"]
     boxed = runs.open_model(str(pack(model)))
     np.testing.assert_allclose(drawing.sample(boxed, "dpmpp", steps=5, n=4), images.astype(float), atol=2)
     assert "4x4x3, times" in (folder / "box" / "model" / "card.md").read_text()
-    assert parts.path_of(folder / "box" / "model", parts.AUTOENCODER).is_file()
+    assert (folder / "box" / "model" / parts.file_of(parts.AUTOENCODER)).is_file()
 
 
 # ------------------------------------------------------------------------------------------------ completed images
@@ -307,7 +305,7 @@ def test_an_autoencoder_that_was_replaced(folder, tmp_path):
     named = {"latents.autoencoder": str(tmp_path / "coder")}
     workdir = trained(latent_config(folder, 2, **named), tmp_path / "model")
     own = checkpoint.identity(build.autoencoder_params(runs.read_config(workdir), workdir))
-    other = jax.tree.map(lambda leaf: leaf + 1, runs.open_autoencoder(tmp_path / "coder").params)
+    other = jax.tree.map(lambda leaf: leaf + 1, runs.open_aid(tmp_path / "coder", "autoencoder").params)
     checkpoints = checkpoint.Checkpoints(tmp_path / "coder", keep_every=1)
     checkpoints.save(training.State(np.int32(9), {}, other, {}), {})
     checkpoints.wait()

@@ -38,7 +38,7 @@ def config(tmp_path, monkeypatch):
 def test_features_that_have_a_derivative(network):
     """On whole levels those of the images that evaluate.py measures, gray repeated; none beyond the data's range."""
     for channels, space in ((3, pixels((8, 8, 3))), (1, pixels((8, 8, 1), centered=False))):
-        seen, images = quality.seen_by(network, space), IMAGES[..., :channels]
+        seen, images = quality.differentiable_features(network, space), IMAGES[..., :channels]
         x = jax.vmap(space.encode)(jax.random.split(jax.random.key(0), len(images)), images)
         np.testing.assert_allclose(seen(x), images.mean((1, 2)) * np.ones(3), rtol=1e-5)
         slope = jax.grad(lambda x: seen(x).sum())(jnp.stack([0.1 + x[0] / 2, 3 + x[0]]))

@@ -66,7 +66,7 @@ def test_sample_k_enlarges_image_k(tmp_path, label):
     np.savez(tmp_path / "base.npz", arr_0=SMALL, arr_1=np.array([9, 0, 4, 9, 2]))
     plain = model_in(tmp_path)
     base = upsampling.read(plain, str(tmp_path / "base.npz"), label)
-    model = upsampling.enlarging(runs.with_guidance(plain, Guidance(), label=label), base)
+    model = upsampling.with_base_samples(runs.with_guidance(plain, Guidance(), label=label), base)
     samples = drawing.draw(model, drawing.few_step(model, "dpmpp", 5), 7, batch_size=8).images
     order = np.arange(7) % 5
     y = np.array([9, 0, 4, 9, 2])[order] if label is None else np.full(7, 3)
@@ -122,7 +122,7 @@ def test_what_cannot_be_done(tmp_path, monkeypatch):
     boxed = runs.open_model(str(runs.PRETRAINED / runs.BOXED))
     with pytest.raises(UserError, match="enlarges no images"):
         upsampling.read(boxed, "base.npz")
-    assert upsampling.enlarging(boxed, upsampling.read(boxed, None)) is boxed
+    assert upsampling.with_base_samples(boxed, upsampling.read(boxed, None)) is boxed
 
 
 def test_statistics_are_measured_on_data_made_small(tmp_path):

@@ -30,7 +30,7 @@ CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; t
 NAME = program.name_flag("name", None, "Folder under pretrained/; the run folder's name if absent.")
 EMS_FILE = program.path_flag("ems", None, "EMS file of the packed model; the best it has if absent.")
 
-AUTOENCODER = parts.path_of("", parts.AUTOENCODER).name  # of a latent model, in half precision
+AUTOENCODER = parts.file_of(parts.AUTOENCODER)  # of a latent model, in half precision
 CARD = ("loss", "bpd", "encoding", "fid", "convergence")  # the metrics on it
 EMA_BYTES, ALL_BYTES = 20_000_000, 25_000_000
 HALVED_ERROR = 1e-3  # of what half precision may round away of EMS, relative to a node's largest value

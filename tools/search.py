@@ -46,7 +46,7 @@ STEPS = flags.DEFINE_integer("steps", 5, "Network evaluations.", lower_bound=2)
 OPTION = flags.DEFINE_multi_string("option", [], "An option of the solver to hold fixed, name=value; may be repeated.")
 EMS = program.path_flag("ems", None, "EMS file for dpmv3; the run's own if absent.")
 NOISES = flags.DEFINE_integer("noises", 128, "Noises to search on, and as many others to judge by.", lower_bound=2)
-MINUTES = flags.DEFINE_float("minutes", 10.0, "The search stops here at the latest.", lower_bound=0.1)
+MINUTES = flags.DEFINE_float("minutes", 10.0, "Length of the search, after the fine solutions.", lower_bound=0.1)
 SEED = program.seed_flag("Seed of the noises to judge by, as in evaluate.py; the search uses the next.")
 LEARN = flags.DEFINE_bool("learn", False, "Learn corrections of the best table too, within the same minutes.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Search for the model guided with this scale.")
@@ -110,6 +110,9 @@ def search(
     published, _ = build(**given)
     fine = dpm_solver_pp(sde, model.config.eval.fine_steps, order=2)
     index = np.arange(parallel.round_up(noises))
+    network = own_network(model) if learn else None
+    if learn:
+        print(f"learning will count pixels{f' and features of {network.name}' if network else ' alone'}")
     print(f"{2 * len(index)} fine solutions of {model.config.eval.fine_steps} evaluations, then the search", flush=True)
     searching, judging = (Trajectories(diffusion, guided.params, each, index, fine) for each in (seed + 1, seed))
     seconds = 30 * minutes if learn else 60 * minutes  # of the search, before anything is learned
@@ -147,11 +150,8 @@ def search(
 
     # ------------------------------------------------------------------------------ judge, write
     rows = {"published": published, "best grid": build(**named)[0], "searched": build(**options)[0]}
-    found = network = None
+    found = None
     if learn:
-        known, dataset = features.local_networks(), pathlib.Path(model.config.data.dataset or "").stem
-        own = known.get(f"resnet20-{dataset}") if np.isfinite(diffusion.space.high) else None
-        network = own and features.local(own)
         found = learn_from(rows["searched"], searching, deadline + seconds, network)
         rows["learned"] = samplers.with_corrections(rows["searched"], sde, found.corrections)
     held_out = {name: judging.distance(table) for name, table in rows.items()}
@@ -197,6 +197,20 @@ class Trajectories:
         return samplers.rms(self.sample(table, self.index) - self.ends)
 
 
+def own_network(model: runs.Model) -> features.FeatureNetwork | None:
+    """The local network of a model's data set; None where there is none, or it takes no such images."""
+    path = features.local_networks().get(features.local_name(model.config.data.dataset or ""))
+    space = model.diffusion.space
+    if path is None or not np.isfinite(space.high):
+        return None
+    network, x = features.local(path), jax.ShapeDtypeStruct((1, *space.shape), np.float32)
+    try:
+        jax.eval_shape(quality.differentiable_features(network, space), x)
+    except UserError:  # of images of another size
+        return None
+    return network
+
+
 def cheapest_times(trajectories: Trajectories, steps: int, t_end: float) -> np.ndarray:
     """The times of GITS along trajectories from at most 32 of the noises."""
     starts, conditions = jax.tree.map(lambda values: values[:32], (trajectories.starts, trajectories.conditions))
@@ -223,7 +237,9 @@ def learn_from(
         lambda values: values[:n], (trajectories.starts, trajectories.ends, trajectories.conditions)
     )
 
-    parts = [lambda x: x] if network is None else [lambda x: x, quality.seen_by(network, diffusion.space)]
+    parts = [lambda x: x]
+    if network is not None:
+        parts.append(quality.differentiable_features(network, diffusion.space))
     ends = trajectories.sample(table, trajectories.index)
     units = [samplers.rms(part(ends) - part(trajectories.ends)) for part in parts]
 
@@ -235,7 +251,8 @@ def learn_from(
 
     def progress(done, total, best):
         print(
-            f"learning: {done} of at most {total} iterations, {best:.3f} of the distance on noises held out", flush=True
+            f"learning: {done} of at most {total} iterations, {best:.3f} of the first distance on noises held out",
+            flush=True,
         )
 
     return learned.learn(

@@ -1,7 +1,7 @@
 """ADM-U, which enlarges ImageNet's images from 128x128 to 512x512, FILE being 128_512_upsampler.pt.
 
     python -m tools.import_checkpoint FILE --workdir=runs/upsampler --config=configs/adm/upsampler_128_512.py
-    python sample.py --workdir=runs/upsampler --base_samples=runs/base/samples/NAME/samples.npz --steps=20
+    python sample.py --workdir=runs/upsampler --base_samples=runs/base/samples/NAME/samples.npz --solver=dpmpp
 
 308.8 M parameters. Published: FID 3.85 at the end of a guided stack from 128x128 (ADM-G, ADM-U; Dhariwal & Nichol 2021,
 Table 6). Not run here.

@@ -3,7 +3,8 @@
     python -m tools.import_checkpoint FILE --workdir=runs/edm --config=configs/edm/imagenet64.py
     python sample.py --workdir=runs/edm --solver=stochastic_heun --steps=511
 
-295.9 M parameters. Published: FID 1.36 in 511 evaluations (Karras et al. 2022; the number of them, 2024). Not run here.
+295.9 M parameters. Published: FID 1.36 (Karras et al. 2022), in 511 evaluations (as told in Karras et al.
+2024). Not run here.
 """
 
 from configs import base, models

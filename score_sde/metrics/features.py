@@ -86,6 +86,11 @@ def local(path: str | os.PathLike) -> FeatureNetwork:
     return FeatureNetwork(name, f"FD-{name}", sha256, preprocessing, channels, 64, params, apply)
 
 
+def local_name(dataset: str) -> str:
+    """What the local network of a data set is called."""
+    return f"resnet20-{pathlib.Path(dataset).stem}"
+
+
 def local_networks() -> dict[str, pathlib.Path]:
     """The weights of this package's own networks, by name."""
     return {path.stem.replace("_", "-", 1): path for path in sorted(resnet.WEIGHTS.glob("resnet20_*.npz"))}

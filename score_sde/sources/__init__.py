@@ -47,6 +47,7 @@ def load(
     crop: int | None = None,
     data_dir: str | None = None,
     skip_damaged: bool = False,
+    source: Source | None = None,
 ) -> Images:
     """One split of a data set, as square images.
 
@@ -64,6 +65,7 @@ def load(
     num_channels: 1 or 3. Gray repeats to RGB, RGB becomes gray by luma (ITU-R 601), alpha is dropped: the conventions
         of Pillow, hence of the field's folder readers. 16-bit gray and float images are refused. EXIF turns images.
     skip_damaged: put the next image of the set that can be decoded in the place of one that cannot.
+    source: what `read_source` made of the data set, if it has been read.
 
     Splits under 1 GiB decoded are decoded now; of larger ones the first image is, as a check, and the rest by threads
     as batches ask, so a bad image deep inside is reported when it is reached. Raises UserError for any unusable input.
@@ -74,7 +76,7 @@ def load(
         raise UserError(f"num_channels is {num_channels}, expected 1 or 3")
     if image_size < 1 or (crop is not None and crop < 1):
         raise UserError(f"image_size is {image_size} and crop is {crop}: expected positive numbers of pixels")
-    source = read_source(dataset, data_dir)
+    source = read_source(dataset, data_dir) if source is None else source
     raw = choose_split(source.splits, split, dataset)
     if raw.size == 0:
         raise UserError(f"{dataset}: split {split} holds no images")
@@ -255,21 +257,7 @@ READERS = (
     ),
     Reader("a folder of images", lambda path, near: path.is_dir(), lambda path, near: trees.from_folder(path)),
 )
-PATH_SUFFIXES = (
-    ".npz",
-    ".npy",
-    ".zip",
-    ".parquet",
-    ".gz",
-    ".bin",
-    ".bz2",
-    ".xz",
-    ".tgz",
-    ".tbz2",
-    ".txz",
-    ".tar",
-    *SUFFIXES,
-)
+PATH_SUFFIXES = (".npz", ".npy", ".zip", ".parquet", ".gz", ".bz2", ".xz", ".bin", *archives.TARS, *SUFFIXES)
 RUN = "config.json"  # in a folder of that name is a run, no data set
 
 

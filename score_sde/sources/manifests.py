@@ -26,7 +26,7 @@ _TEXTS = ("text", "caption", "captions", "description", "prompt")  # which are n
 _OF_ALL = ("labels", "label", "metadata", "annotations")
 
 
-class Told(NamedTuple):
+class Labels(NamedTuple):
     """The labels of some images, in order: numbers or names of classes; neither where there are said to be none."""
 
     numbers: list[int] | None = None
@@ -36,7 +36,7 @@ class Told(NamedTuple):
 # ------------------------------------------------------------------------------------------------ dataset.json
 
 
-def of_json(tree: Tree, paths: dict[Parts, Parts], root: Parts) -> tuple[Told | None, list[str]]:
+def of_json(tree: Tree, paths: dict[Parts, Parts], root: Parts) -> tuple[Labels | None, list[str]]:
     """What the dataset.json in the folder `root` says of images, given each with its path below it; and notes."""
     where = f"{tree.root}/{'/'.join((*root, JSON))}"
     try:
@@ -45,13 +45,13 @@ def of_json(tree: Tree, paths: dict[Parts, Parts], root: Parts) -> tuple[Told | 
         raise UserError(f"{where} is not JSON: {one_line(error)}: make it again, or remove it") from error
     match content:
         case {"labels": None}:
-            return Told(), [f"{where} gives no labels"]
+            return Labels(), [f"{where} gives no labels"]
         case {"labels": [*pairs]} if all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
             labels = {name.replace("\\", "/"): label for name, label in pairs}
         case _:
             return None, [f"{where} has no list of labels as StyleGAN's and EDM's tools write it: passed over"]
     if any(isinstance(label, list) for label in labels.values()):
-        return Told(), [f"{where} gives vectors, not classes: no labels"]
+        return Labels(), [f"{where} gives vectors, not classes: no labels"]
     names = ["/".join(inner) for inner in paths.values()]
     for name in names:
         if type(labels.get(name)) is not int:
@@ -59,7 +59,7 @@ def of_json(tree: Tree, paths: dict[Parts, Parts], root: Parts) -> tuple[Told | 
                 f"{where} gives {name} the label {labels.get(name)!r}, expected a whole number: make it again, or "
                 "remove it"
             )
-    return Told([labels[name] for name in names]), [f"{tree.root}: labels by {JSON}"]
+    return Labels([labels[name] for name in names]), [f"{tree.root}: labels by {JSON}"]
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -133,7 +133,7 @@ def _rows(names: Iterable[str], values: Iterable[str], where: str) -> dict[str, 
     return labels
 
 
-def of_table(table: Table, images: Iterable[Parts]) -> Told:
+def of_table(table: Table, images: Iterable[Parts]) -> Labels:
     """The labels that a table gives images, which it must name: numbers if all its labels are, else names."""
     labels = []
     for parts in images:
@@ -142,19 +142,19 @@ def of_table(table: Table, images: Iterable[Parts]) -> Told:
             raise UserError(f"{table.where} gives {'/'.join(parts)} no label: add it, or remove one of them")
     values = table.labels.values()
     if all(map(NUMBER.fullmatch, values)):
-        return Told([int(float(label)) for label in labels])
+        return Labels([int(float(label)) for label in labels])
     if all(map(_MEASURE.fullmatch, values)):
         others = [value for value in values if not NUMBER.fullmatch(value)]
         raise UserError(
             f"{table.where} gives the label {others[0]}, expected whole numbers from 0 on, or names of classes"
         )
-    return Told(names=labels)
+    return Labels(names=labels)
 
 
 # ------------------------------------------------------------------------------------------------ WebDataset
 
 
-def of_cls(tree: Tree, images: Iterable[Parts], files: set[Parts]) -> Told:
+def of_cls(tree: Tree, images: Iterable[Parts], files: set[Parts]) -> Labels:
     """The labels in files called like the images, up to the first dot, with .cls."""
     labels = []
     for parts in images:
@@ -164,7 +164,7 @@ def of_cls(tree: Tree, images: Iterable[Parts], files: set[Parts]) -> Told:
         if not NUMBER.fullmatch(content):
             raise UserError(f"{where} is {content[:40]!r}, expected the number of a class: mend it, or remove all .cls")
         labels.append(int(float(content)))
-    return Told(labels)
+    return Labels(labels)
 
 
 def beside(parts: Parts) -> Parts:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from score_sde.errors import UserError
 from score_sde.sources import manifests, pictures
-from score_sde.sources.manifests import Table, Told
+from score_sde.sources.manifests import Labels, Table
 from score_sde.sources.raw import Parts, Raw, Source, Tree, count_line, is_hidden, split_called
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -87,10 +87,10 @@ def of_tree(tree: Tree) -> Source:
     notes += said
     splits, files = {}, set(others)
     for split, paths in parts_of.items():
-        told, said = _told(tree, split, paths, jsons, tables, files)
+        told, said = _labels_of(tree, split, paths, jsons, tables, files)
         notes += said
         if told is None:
-            told = Told(names=_class_names(paths))
+            told = Labels(names=_class_names(paths))
             if told.names is None and any(len(rest) > 1 for rest in paths.values()):
                 notes.append(f"{tree.root} ({split}): no labels, since some images are in no class folder")
         splits[split] = told
@@ -115,9 +115,9 @@ def _suffix(parts: Parts) -> str:
     return os.path.splitext(parts[-1])[1].lower()
 
 
-def _told(
+def _labels_of(
     tree: Tree, split: str, paths: dict[Parts, Parts], jsons: set[Parts], tables: list[Table], files: set[Parts]
-) -> tuple[Told | None, list[str]]:
+) -> tuple[Labels | None, list[str]]:
     """What files of labels say of a split's images, None where there is none; and notes. Tables nearer to them win."""
     parts, inner = next(iter(paths.items()))
     root = parts[: len(parts) - len(inner)]
